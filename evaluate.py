@@ -1,0 +1,205 @@
+"""Perplexity and zero-shot multiple choice, both from one sum: log P(continuation | context).
+
+Source: the definitions of lm-evaluation-harness (acc, acc_norm, their standard errors), which
+        Sec. 4.1 of IG-Pruning, arXiv:2511.02213, evaluates with.
+Left out: the paper's six tasks; the one task here, wiki_what, needs no download.
+Dims:   b batch, t tokens, d width, v vocabulary; B blocks; n requests.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer
+
+BATCH_TOKENS = 4096  # tokens of one batch, padding included
+HEAD_ROWS = 256      # positions that go through the head at a time: (256, v) float32 at most
+
+
+def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log P(target) at each position, float32: hidden (n, d), targets (n,) -> (n,)."""
+    parts = []
+    for h, y in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        logits = model.head(h).float()                            # (HEAD_ROWS, v)
+        parts.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def loglikelihoods(model: Transformer, requests: list[tuple[list[int], list[int]]],
+                   z: Tensor | None, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+    """log P(continuation | context), summed over the continuation's tokens, for each request.
+
+    requests: (context ids, continuation ids), neither empty; of more than max_position_embeddings
+    tokens the last ones are used. z None (dense) or boolean (n, B), one per request. Returns (n,)
+    float64, in the order of the requests. Requests of equal z run together, longest first, padded
+    on the right, which a causal model cannot see.
+    """
+    keys = ["" if z is None else z[r].numpy().tobytes() for r in range(len(requests))]
+    length = [min(len(c) + len(y) - 1, model.config.max_position_embeddings) for c, y in requests]
+    order = sorted(range(len(requests)), key=lambda r: (keys[r], -length[r]))
+    out = np.zeros(len(requests))
+    with tqdm(total=len(requests), desc="evaluation", leave=False, disable=None) as bar:
+        while order:
+            first = order[0]
+            size = max(1, batch_tokens // length[first])
+            batch = [r for r in order[:size] if keys[r] == keys[first]]
+            order = order[len(batch):]
+            same = None if z is None else z[first]
+            out[batch] = _batch(model, [requests[r] for r in batch], same)
+            bar.update(len(batch))
+    return out
+
+
+def _batch(model: Transformer, requests: list, z: Tensor | None) -> np.ndarray:
+    """`loglikelihoods` of one batch: one forward, then the head on the continuations only."""
+    device, longest = model.head_weight.device, model.config.max_position_embeddings
+    inputs = [(c + y)[:-1][-longest:] for c, y in requests]       # the last token predicts nothing
+    width = max(map(len, inputs))
+    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs], device=device)
+    hidden = model(tokens, z)                                     # (b, t, d)
+    rows, kept = [], []
+    for h, ids, (_, y) in zip(hidden, inputs, requests, strict=True):
+        rows.append(h[max(0, len(ids) - len(y)):len(ids)])        # they predict y
+        kept.append(y[len(y) - len(rows[-1]):])
+    scores = log_probs(model, torch.cat(rows), torch.tensor(sum(kept, []), device=device))
+    return np.array([part.double().sum().item() for part in scores.split([len(y) for y in kept])])
+
+
+def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
+    """exp(-sum of log-likelihoods / sum of predicted tokens): every token weighs the same."""
+    return float(np.exp(-loglik.sum() / n_tokens.sum()))
+
+
+# ---------------------------------------------------------------------------- multiple choice
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a zero-shot task: which of `choices` follows `context`? `gold` is its index."""
+
+    context: str
+    choices: list[str]
+    gold: int
+
+
+def choice_requests(question: Question, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(context ids, continuation ids) per choice, as lm-evaluation-harness cuts them.
+
+    Context and " " + choice are encoded together and the context's own ids cut off in front, so
+    that tokens may merge across the boundary. BOS: the tokenizer's own habit.
+    """
+    context = tokenizer.encode(question.context).ids
+    whole = [tokenizer.encode(f"{question.context} {choice}").ids for choice in question.choices]
+    return [(context, ids[len(context):]) for ids in whole]
+
+
+def multiple_choice(model: Transformer, tokenizer: Tokenizer, questions: list[Question],
+                    z: Tensor | None) -> dict:
+    """acc and acc_norm, 0-1, with standard errors, and n. z None or boolean (len(questions), B).
+
+    acc: the gold choice has the largest log P; acc_norm: the largest log P / its characters.
+    The first of equal maxima wins. Standard error sqrt(p (1 - p) / (n - 1)), nan for n = 1.
+    Example: log P (-4, -6) of choices with 2 and 4 characters: acc picks the first (-4 > -6),
+    acc_norm the second (-1.5 > -2).
+    """
+    requests = [choice_requests(question, tokenizer) for question in questions]
+    n_choices = [len(group) for group in requests]
+    repeat = None if z is None else z.repeat_interleave(torch.tensor(n_choices), dim=0)
+    loglik = loglikelihoods(model, sum(requests, []), repeat)
+    loglik = np.split(loglik, np.cumsum(n_choices)[:-1])
+    right, right_norm = [], []
+    for question, scores in zip(questions, loglik, strict=True):
+        right.append(scores.argmax() == question.gold)
+        per_character = scores / [len(choice) for choice in question.choices]
+        right_norm.append(per_character.argmax() == question.gold)
+    n = len(questions)
+    out = {"acc": float(np.mean(right)), "acc_norm": float(np.mean(right_norm)), "n": n}
+    for key in ("acc", "acc_norm"):
+        p = out[key]
+        out[f"{key}_stderr"] = (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else float("nan")
+    return out
+
+
+def wiki_what(articles: list[dict], judging: list[dict],
+              generator: np.random.Generator) -> list[Question]:
+    """What is {title}? The article's description against three others of the same topic.
+
+    articles and judging: dicts with title, description, topic. Asked are the judging articles that
+    have a topic and a description which does not repeat the title; distractors come from articles.
+    """
+    def usable(a: dict) -> bool:
+        return (a["topic"] != "Uncategorized" and bool(a["description"])
+                and a["title"].casefold() not in a["description"].casefold())
+
+    pool = {}
+    for article in filter(usable, articles):
+        pool.setdefault(article["topic"], set()).add(article["description"])
+    pool = {topic: sorted(descriptions) for topic, descriptions in pool.items()}
+    questions = []
+    for article in filter(usable, judging):
+        others = [d for d in pool[article["topic"]] if d != article["description"]]
+        if len(others) < 3:
+            continue
+        choices = [others[i] for i in generator.choice(len(others), 3, replace=False)]
+        gold = int(generator.integers(4))
+        choices.insert(gold, article["description"])
+        questions.append(Question(f"Question: What is {article['title']}?\nAnswer:", choices, gold))
+    return questions
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def markdown(head: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def picture(z: Tensor) -> str:
+    """Attention (A) and FFN (F) blocks from the first layer to the last: █ kept, · skipped."""
+    return "  ".join(name + " " + "".join("·█"[kept] for kept in row.int())
+                     for name, row in (("A", z[0::2]), ("F", z[1::2])))
+
+
+def report(results: dict, z: Tensor | None) -> str:
+    """results.json as Markdown: methods, N x N matrix, masks, seconds. z (N, B) bool, or None."""
+    first, rows = results["rows"][0]["tasks"], []
+    for row in results["rows"]:
+        scores = row["tasks"].values()
+        rows.append([
+            row["name"], " ".join(map(str, row["attention_skipped"])),
+            " ".join(map(str, row["ffn_skipped"])), f"{row['flops_ratio']:.1%}",
+            f"{row['flops_ratio_with_router']:.1%}", f"{row['ppl']:.2f}",
+            *(f"{100 * s['acc_norm']:.1f} ± {100 * s['acc_norm_stderr']:.1f}" for s in scores),
+            row["training_tokens"], f"{row['seconds']:.0f}"])
+    head = ["method", "skipped attention", "skipped FFN", "FLOPs", "FLOPs + router", "perplexity",
+            *(f"{task} (n={first[task]['n']})" for task in first), "training tokens", "seconds"]
+    parts = [markdown(head, rows)]
+    if results["matrix"]:
+        parts.append(matrix_report(results["matrix"], results["judging_texts"]))
+    if z is not None:
+        parts.append("Masks, a cluster a row, layers from left to right (█ kept, · skipped):")
+        parts.append("\n".join(f"    {k:2}  {picture(row)}  {size} texts" for k, (row, size)
+                               in enumerate(zip(z, results["cluster_sizes"], strict=True))))
+    spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items())
+    parts.append(f"Seconds: {spent}; in all {sum(results['seconds'].values()):.0f}. Peak memory "
+                 f"{results['peak_memory_bytes'] / 2**30:.1f} GiB.")
+    return "\n\n".join(parts)
+
+
+def matrix_report(matrix: list, sizes: list[int]) -> str:
+    """Perplexity of cluster i's judging texts (row) under mask j (column), and what it says."""
+    rows = [[f"{i} ({n})", *("-" if x is None else f"{x:.2f}" for x in row)]
+            for i, (row, n) in enumerate(zip(matrix, sizes, strict=True))]
+    head = ["cluster (texts)", *(f"mask {j}" for j in range(len(matrix)))]
+    worse = [str(i) for i, row in enumerate(matrix) if sizes[i] and min(row) < row[i]]
+    verdict = "The diagonal is the lowest of every row: each cluster's own mask serves it best."
+    if worse:
+        verdict = ("The masks have not specialised: the diagonal is not the lowest of its row for "
+                   f"cluster {', '.join(worse)}, which another cluster's mask serves better.")
+    return f"Perplexity by cluster and mask:\n\n{markdown(head, rows)}\n\n{verdict}"

@@ -1,0 +1,79 @@
+"""Hard-concrete gates: random z in [0, 1] with exact zeros and ones, trained by gradients.
+
+Source: Eq. 3-7 of IG-Pruning, arXiv:2511.02213, constants from its Table 5; the distribution is
+        Louizos et al. 2018, arXiv:1712.01312; the Lagrangian is Wang et al. 2020, arXiv:1910.04732.
+Left out: optimiser and schedule (igp.py).
+Dims:   B blocks; "..." leading axes (a batch, or none). Here t is the current sparsity of Eq. 7,
+        the share of blocks skipped, not a number of tokens. z = 1 keeps a block, 0 skips it.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+INV_BETA = 2 / 3                   # 1 / beta of Eq. 4, Table 5
+STRETCH_L, STRETCH_R = -0.1, 1.1   # l and r of Eq. 5, Table 5
+EPS = 1e-6                         # epsilon of Table 5: u stays inside [EPS, 1 - EPS]
+
+# s = sigmoid(a logit(u) + b log_alpha), as (a, b).
+# Silent: which of the two Table 5's 1/beta = 2/3 means. "paper" is Eq. 4 as printed; "louizos" is
+# the cited code, which divides noise *and* log_alpha by a temperature of 2/3.
+GATES = {"paper": (INV_BETA, 1.0), "louizos": (1 / INV_BETA, 1 / INV_BETA)}
+
+
+def sample_u(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Eq. 3: u ~ Uniform(EPS, 1 - EPS), float32, of `shape`, from a CPU generator."""
+    return torch.rand(shape, generator=generator) * (1 - 2 * EPS) + EPS
+
+
+def sample_z(log_alpha: Tensor, u: Tensor, gate: str) -> Tensor:
+    """Eq. 4-6: z = clip(s (r - l) + l, 0, 1), s = sigmoid(1/beta log(u / (1 - u)) + log alpha).
+
+    log_alpha (..., B), u (..., B) in (0, 1), broadcast; gate "paper" or "louizos". z (..., B).
+    """
+    a, b = GATES[gate]
+    s = torch.sigmoid(a * torch.log(u / (1 - u)) + b * log_alpha)  # Eq. 4
+    s_bar = s * (STRETCH_R - STRETCH_L) + STRETCH_L                # Eq. 5
+    return s_bar.clamp(0, 1)                                       # Eq. 6
+
+
+def prob_zero(log_alpha: Tensor, gate: str) -> Tensor:
+    """P(z = 0) in closed form, of log_alpha's shape.
+
+    z = 0 where s <= -l / (r - l), so with Eq. 4 where logit(u) <= (log(-l / r) - b log_alpha) / a,
+    and P(logit(u) <= x) = sigmoid(x) for a uniform u.
+    Example: "louizos" at log_alpha = 0: sigmoid(2/3 log(1/11)) = 0.168.
+    """
+    a, b = GATES[gate]
+    return torch.sigmoid((math.log(-STRETCH_L / STRETCH_R) - b * log_alpha) / a)
+
+
+def lagrangian(t: Tensor, s_target: float, lambda_1: Tensor, lambda_2: Tensor) -> Tensor:
+    """Eq. 7: L_s = lambda_1 (t - s_target) + lambda_2 (t - s_target)^2.
+
+    t and s_target are shares of blocks, 0-1. log_alpha descends on it, the lambdas ascend.
+    Example: t = 0.5, s_target = 0.25, lambda_1 = 2, lambda_2 = 4 -> 0.5 + 0.25 = 0.75.
+    """
+    return lambda_1 * (t - s_target) + lambda_2 * (t - s_target) ** 2
+
+
+def blocks_to_skip(s_target: float, B: int) -> int:
+    """floor(s_target B + 1/2): the whole number of blocks nearest to the target share."""
+    return math.floor(s_target * B + 0.5)
+
+
+def harden(log_alpha: Tensor, n_skip: int) -> Tensor:
+    """The binary z of Stage 2: the n_skip smallest log_alpha become 0, all others 1.
+
+    log_alpha (B,); z boolean (B,). Of equal log_alpha the lower index is skipped first.
+    Silent: the paper does not say how z is binarised. This meets the target exactly.
+    Raises ValueError unless 0 <= n_skip <= B and every log_alpha is a number.
+    """
+    B = log_alpha.numel()
+    if not 0 <= n_skip <= B:
+        raise ValueError(f"n_skip={n_skip} is outside [0, B] = [0, {B}]")
+    if log_alpha.isnan().any():
+        raise ValueError("log_alpha holds NaN: this mask is not trained")
+    z = torch.ones(B, dtype=torch.bool)
+    z[torch.argsort(log_alpha.cpu(), stable=True)[:n_skip]] = False
+    return z

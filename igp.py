@@ -1,0 +1,456 @@
+"""IG-Pruning: an input picks which attention and FFN blocks of a frozen language model run.
+
+Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Large Language Models",
+        arXiv:2511.02213. This file is its Figure 2: Stage 1 clusters calibration texts and trains
+        a mask per cluster, Stage 2 gives each input the mask of its nearest centroid.
+Left out: zero-shot tasks that need a download, rival methods, generation.
+Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts;
+        b texts and w tokens in a batch, d hidden width, v vocabulary. Here t is the current
+        sparsity of Eq. 7. z = 1 keeps a block, 0 skips it.
+Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
+"""
+import argparse
+import contextlib
+import copy
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import hub
+import model as llm
+import router as routing
+from hardconcrete import GATES, blocks_to_skip, harden, lagrangian, sample_u, sample_z
+from kmeans import kmeans
+
+METHODS = ("dense", "static", "igp")
+TASKS = ("wiki_what",)
+# "paper": rates, N, samples and length of Table 5. Silent: its M, epochs and batch size.
+# "demo": sized for minutes on two CPU cores. Deviates: higher rates, for fewer steps.
+PRESETS = {
+    "demo": {"calibration": "wikipedia", "clusters": 4, "texts": 2000, "samples": 200, "length": 48,
+             "epochs": 1, "batch_size": 8, "lr": 0.2, "lr_lambda": 0.1},
+    "paper": {"calibration": "fineweb-edu", "clusters": 16, "texts": 50_000, "samples": 1000,
+              "length": 512, "epochs": 1, "batch_size": 4, "lr": 0.1, "lr_lambda": 0.1},
+}
+# Deviates: the share of the tokens that trains one start for all masks, at constant rates. The
+# paper trains each mask from scratch.
+SHARED = {"demo": 0.6, "paper": 0.0}
+LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.75, so t starts at 0.25.
+RESTARTS = 10    # Silent: of k-means
+# What masks are made from: a run folder holds one value of each.
+IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
+            "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset")
+
+# ------------------------------------------------------------------ Stage 1: training a mask
+
+
+def lm_loss(model: llm.Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """L_LM of Eq. 8, the mean cross-entropy, and its gradient by hidden (n, d); targets (n,).
+
+    The head runs forward and backward on HEAD_ROWS positions at a time, so that logits (n, v)
+    never exist as a whole.
+    """
+    rows, loss, gradients = evaluate.HEAD_ROWS, torch.zeros((), device=hidden.device), []
+    for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+        h = h.detach().requires_grad_()
+        part = -evaluate.log_probs(model, h, y).sum() / len(targets)
+        gradients.append(torch.autograd.grad(part, h)[0])
+        loss += part.detach()
+    return loss, torch.cat(gradients)
+
+
+def new_mask(B: int, args: argparse.Namespace, name: str) -> dict:
+    """What is trained for one mask, log_alpha (B,) and lambda_1, lambda_2, with its optimiser."""
+    log_alpha = torch.full((B,), LOG_ALPHA, requires_grad=True)
+    lambdas = torch.zeros(2, requires_grad=True)  # they ascend as soon as t is not s_target
+    adam = torch.optim.Adam([{"params": [log_alpha], "lr": args.lr},
+                             {"params": [lambdas], "lr": args.lr_lambda, "maximize": True}])
+    return {"name": name, "log_alpha": log_alpha, "lambdas": lambdas, "adam": adam}
+
+
+def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.Namespace,
+               generator: torch.Generator) -> int:
+    """Eq. 8: log_alpha descends, the lambdas ascend on L_LM(x; W * z) + L_s. Trains mask in place.
+
+    steps: (texts, rate) pairs, texts being lists of token ids, at least 2 each, and rate in 0-1 a
+    factor of --lr. generator: on the CPU, for u. Returns the number of tokens predicted.
+    Only z gets gradients, so that a step costs two forwards, not three.
+    Raises ValueError when the loss is not finite, with the step.
+    Silent: one u per text; L_LM is the mean over tokens; Adam.
+    Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it.
+    """
+    log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
+    device, n_tokens, bar = model.head_weight.device, 0, tqdm(steps, mask["name"], disable=None)
+    for step, (texts, rate) in enumerate(bar):
+        w = max(map(len, texts))
+        tokens = torch.tensor([x + [0] * (w - len(x)) for x in texts], device=device)  # (b, w)
+        targets = torch.tensor(sum([x[1:] for x in texts], []), device=device)         # (n,)
+        u = sample_u((len(texts), model.B), generator)           # (b, B)  Eq. 3
+        z = sample_z(log_alpha, u, args.gate)                    # (b, B)  Eq. 4-6
+        t = 1 - z.mean()
+        L_s = lagrangian(t, args.sparsity, *lambdas)             # Eq. 7
+        hidden = model(tokens, z.to(device))                     # (b, w, d)
+        hidden = torch.cat([h[:len(x) - 1] for h, x in zip(hidden, texts, strict=True)])  # (n, d)
+        L_lm, gradient = lm_loss(model, hidden, targets)
+        if not torch.isfinite(L_lm + L_s.detach().to(device)):
+            raise ValueError(f"{mask['name']}: loss {L_lm} + {L_s} at step {step}; "
+                             "try a lower --lr or --dtype float32")
+        adam.zero_grad()
+        torch.autograd.backward([hidden, L_s], [gradient, None])  # the gradient of Eq. 8
+        adam.param_groups[0]["lr"] = args.lr * rate
+        adam.step()
+        n_tokens += len(targets)
+        bar.set_postfix(loss=f"{L_lm:.2f}", t=f"{t:.2f}", closed=int((z == 0).all(0).sum()),
+                        lambda_1=f"{lambdas[0]:.2f}", lambda_2=f"{lambdas[1]:.2f}")
+    return n_tokens
+
+
+def draw(texts: list[list[int]], n: int, args: argparse.Namespace,
+         generator: torch.Generator) -> list[list[list[int]]]:
+    """n texts in random order, cut to --length, in batches.
+
+    They are n / --epochs different ones, in turn; fewer where there are fewer.
+    """
+    order = torch.randperm(len(texts), generator=generator)[:max(1, n // args.epochs)].tolist()
+    texts = [texts[order[i % len(order)]][:args.length] for i in range(n)]
+    return [texts[i:i + args.batch_size] for i in range(0, n, args.batch_size)]
+
+
+# ------------------------------------------------------------------ a run and its inputs
+
+
+@dataclass
+class Run:
+    """Every input of a run, open before anything expensive starts."""
+
+    args: argparse.Namespace
+    out: Path                   # the run folder
+    model: llm.Transformer
+    tokenizer: object
+    encoder: object             # the sentence encoder
+    encoder_folder: Path
+    train: list[dict]           # texts of Stage 1, each with "text" and "tokens"
+    judge: list[dict]           # held-out texts of the final table, likewise
+    questions: dict             # task -> list of evaluate.Question
+    results: dict               # becomes results.json
+    shared: dict | None = None  # the start of all masks, once trained
+
+    def save(self) -> None:
+        """Rewrites results.json, whole or not at all."""
+        routing.write(self.out / "results.json", json.dumps(self.results, indent=1).encode())
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """Fetches and opens every input; ValueError or OSError for what is missing or does not fit."""
+    name = hub.resolve(args.model)
+    hub.check_access(name, args.calibration)
+    folder = hub.model_folder(name)
+    config = llm.read_config(folder)
+    B = 2 * config.num_hidden_layers
+    n_skip = blocks_to_skip(args.sparsity, B)
+    if not 0 < n_skip < B:
+        raise ValueError(f"--sparsity {args.sparsity} skips {n_skip} of {B} blocks; "
+                         f"expected 1 to {B - 1} (for 0: --method dense)")
+    out = Path(args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}")
+    results = open_results(args, out)
+    tokenizer = hub.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{folder}/tokenizer.json has {tokenizer.get_vocab_size()} ids, but "
+                         f"vocab_size is {config.vocab_size}: they belong to different models")
+    texts = hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
+    encodings = tokenizer.encode_batch([x["text"] for x in texts])  # BOS: the tokenizer's habit
+    for text, encoding in zip(texts, encodings, strict=True):
+        text["tokens"] = encoding.ids[:config.max_position_embeddings]
+    train, _, judge = hub.split([x for x in texts if len(x["tokens"]) > 1])
+    train = train[:args.texts]
+    if args.clusters > len(train):
+        raise ValueError(f"--clusters {args.clusters} is more than the {len(train)} texts")
+    questions = {}
+    if "wiki_what" in args.tasks:
+        articles = hub.calibration_texts("wikipedia", None)
+        rows = evaluate.wiki_what(articles, hub.split(articles)[2], np.random.default_rng(0))
+        questions["wiki_what"] = rows[:args.limit]
+    encoder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
+    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer,
+               routing.open_encoder(encoder, args.device, dtype), encoder, train, judge, questions,
+               results)
+
+
+def open_results(args: argparse.Namespace, out: Path) -> dict:
+    """results.json of this very run, begun earlier, or a new one.
+
+    Raises ValueError for a folder that holds another run, OSError for one not writable.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    if path.exists():
+        results = llm.read_json(path)
+        held = results.get("arguments", {})
+        for key in IDENTITY:
+            if held.get(key) != getattr(args, key):
+                raise ValueError(f"{out} holds a run with {key}={held.get(key)}, not "
+                                 f"{getattr(args, key)}; choose another --out")
+        return results
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                         capture_output=True, text=True)
+    packages = ("torch", "numpy", "safetensors", "tokenizers", "sentence-transformers")
+    return {"model": args.model, "sparsity_target": args.sparsity, "budget": "blocks",
+            "clusters": args.clusters, "calibration": args.calibration, "seed": args.seed,
+            "preset": args.preset, "arguments": vars(args),
+            "versions": {name: version(name) for name in packages},
+            "git": git.stdout.strip() or None, "rows": [], "matrix": None, "seconds": {},
+            "training": {}, "peak_memory_bytes": 0}
+
+
+@contextlib.contextmanager
+def stage(run: Run, name: str):
+    """Times a stage into results.json, and says so on stderr."""
+    results, start = run.results, time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    results["seconds"][name] = results["seconds"].get(name, 0.0) + seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    if run.args.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak)
+    run.save()
+    print(f"{name}: {seconds:.0f} s", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ Stage 1: a mask per cluster
+
+
+def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator, of: str) -> None:
+    """`train_mask`, with tokens and seconds counted in results["training"] under `of`."""
+    start = time.perf_counter()
+    n_tokens = train_mask(run.model, mask, steps, run.args, generator)
+    spent = run.results["training"].setdefault(of, {"tokens": 0, "seconds": 0.0})
+    spent["tokens"] += n_tokens
+    spent["seconds"] += time.perf_counter() - start
+    total = {key: sum(x[key] for x in run.results["training"].values()) for key in spent}
+    run.results["training_tokens_per_second"] = total["tokens"] / total["seconds"]
+
+
+def shared_start(run: Run) -> dict:
+    """The mask from which all others go on: trained once, on texts of every cluster."""
+    if run.shared is None:
+        args, generator = run.args, torch.Generator().manual_seed(run.args.seed * 2**20)
+        run.shared = new_mask(run.model.B, args, "shared start")
+        n = round(args.samples * args.epochs * args.clusters * SHARED[args.preset])
+        batches = draw([x["tokens"] for x in run.train], n, args, generator)
+        run.results["training"].pop("shared start", None)
+        train_timed(run, run.shared, [(x, 1.0) for x in batches], generator, "shared start")
+    return run.shared
+
+
+def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> routing.Router:
+    """Eq. 3-8 for each cluster: the router of `method`, saved after every finished mask.
+
+    mu (N, d_e), labels (M,) of run.train. Masks that the run folder already holds are kept.
+    static is the case N = 1, and gets the tokens of all of igp's masks together.
+    Silent: log_alpha's rate falls linearly to 0 (after the shared start).
+    """
+    args, N, B = run.args, len(mu), run.model.B
+    path = run.out / ("router.safetensors" if method == "igp" else f"{method}.safetensors")
+    router = routing.load(path) if path.exists() else routing.Router(
+        torch.from_numpy(mu), torch.ones(N, B, dtype=torch.bool), torch.full((N, B), torch.nan),
+        {key: getattr(args, key) for key in IDENTITY})
+    n = round(args.samples * args.epochs * (1 - SHARED[args.preset]) * args.clusters / N)
+    for k in (k for k in range(N) if router.log_alpha[k].isnan().any()):
+        number = 2 + k if method == "igp" else 1                 # a generator of its own per mask
+        generator = torch.Generator().manual_seed(args.seed * 2**20 + number)
+        mask = copy.deepcopy(shared_start(run)) | {"name": f"{method}, mask {k}"}
+        batches = draw([run.train[i]["tokens"] for i in np.flatnonzero(labels == k)], n, args,
+                       generator)
+        steps = [(x, 1 - i / len(batches)) for i, x in enumerate(batches)]
+        train_timed(run, mask, steps, generator, method)
+        router.log_alpha[k] = mask["log_alpha"].detach()
+        router.z[k] = harden(router.log_alpha[k], blocks_to_skip(args.sparsity, B))
+        routing.save(router, path)
+    return router
+
+
+# ------------------------------------------------------------------ Stage 2
+
+
+def evaluate_method(run: Run, name: str, router: routing.Router | None) -> dict:
+    """A method's row of the table, on the held-out texts; router None is the dense model.
+
+    Each text and each question runs under the z of its own cluster. A question is routed on its
+    context alone, a text on all of it, as in the paper.
+    Silent: a text's route has then seen what it predicts, at most log2 N bits of it.
+    """
+    model, config, masks = run.model, run.model.config, [None] if router is None else router.z
+    N, training = len(masks), run.results["training"]
+
+    def clusters(texts: list[str]) -> np.ndarray:
+        if N == 1:
+            return np.zeros(len(texts), int)
+        return routing.route(router, routing.encode(run.encoder, texts)).numpy()
+
+    k = clusters([x["text"] for x in run.judge])                 # Eq. 9
+    requests = [(x["tokens"][:1], x["tokens"][1:]) for x in run.judge]
+    n = np.array([len(y) for _, y in requests])                  # predicted tokens per text
+    table = np.stack([evaluate.loglikelihoods(
+        model, requests, None if z is None else z.expand(len(n), -1)) for z in masks])
+    cost = sum(llm.flops(config, int(t), masks[j]) for t, j in zip(n, k, strict=True))
+    dense = sum(llm.flops(config, int(t)) for t in n)
+    routed = sum(routing.encoder_flops(run.encoder_folder, int(t)) for t in n) if N > 1 else 0
+    if N > 1:
+        groups = [k == i for i in range(N)]
+        run.results["judging_texts"] = [int(g.sum()) for g in groups]
+        run.results["matrix"] = [[evaluate.perplexity(row[g], n[g]) if g.any() else None
+                                  for row in table] for g in groups]
+    tasks = {}
+    for task, questions in run.questions.items():
+        z = None if router is None else masks[clusters([q.context for q in questions])]
+        tasks[task] = evaluate.multiple_choice(model, run.tokenizer, questions, z)
+    skipped = [] if router is None else (~router.z).view(N, -1, 2).sum(1).tolist()
+    spent = [training.get(part, {}) for part in ("shared start", name)] if skipped else []
+    return {"name": name, "sparsity": sum(map(sum, skipped)) / (N * model.B),
+            "attention_skipped": [a for a, _ in skipped], "ffn_skipped": [f for _, f in skipped],
+            "flops_ratio": cost / dense, "flops_ratio_with_router": (cost + routed) / dense,
+            "ppl": evaluate.perplexity(table[k, np.arange(len(n))], n),  # Eq. 10
+            "tasks": tasks, "training_tokens": sum(x.get("tokens", 0) for x in spent),
+            "seconds": sum(x.get("seconds", 0.0) for x in spent)}
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def best_dtype(device: str) -> str:
+    """bfloat16 on GPUs and on CPUs that multiply it in hardware, else float32."""
+    has = any("bf16" in name for name, there in torch.cpu.get_capabilities().items() if there)
+    return "bfloat16" if has or not device.startswith("cpu") else "float32"
+
+
+def parser(defaults: dict) -> argparse.ArgumentParser:
+    """Every flag; `defaults` are the preset and its values."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--model", default=hub.EMBEDDED, help=f"{hub.EMBEDDED}, {', '.join(hub.HUB_MODELS)}, a hub "
+        "id, or a folder with config.json, tokenizer.json and *.safetensors")
+    add("--method", default=",".join(METHODS), help="comma-separated; static is igp with N = 1")
+    add("--sparsity", type=float, default=0.25, help="share of blocks to skip, 0-1")
+    add("--preset", choices=PRESETS, help="sets the next nine flags where they are not given; demo "
+        f"for {hub.EMBEDDED}, paper (Table 5) for any other model")
+    # Stage 1
+    add("--calibration", help=f"wikipedia, {', '.join(hub.HUB_TEXTS)}, a .jsonl or a text file")
+    add("--clusters", type=int, help="N, the number of clusters and masks")
+    add("--texts", type=int, help="M, the number of texts to cluster")
+    add("--samples", type=int, help="texts to train each cluster's mask on")
+    add("--length", type=int, help="of a training text, in tokens")
+    add("--epochs", type=int, help="passes over the samples")
+    add("--batch-size", type=int, help="texts in a training step")
+    add("--lr", type=float, help="Adam's rate for log_alpha")
+    add("--lr-lambda", type=float, help="Adam's rate for lambda_1 and lambda_2")
+    add("--gate", choices=GATES, default="paper", help="which reading of Eq. 4")
+    # Stage 2
+    add("--tasks", help=f"zero-shot tasks, comma-separated, of {', '.join(TASKS)}; '' for none; "
+        "wiki_what if not given and the calibration is wikipedia")
+    add("--limit", type=int, help="ask only the first so many questions of a task")
+    # the run
+    add("--seed", type=int, default=0, help="of k-means, gates and batch order")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the model; auto is bfloat16 where the hardware multiplies it")
+    add("--out", help="run folder; if not given, runs/<model>-<sparsity>-<preset>")
+    p.set_defaults(**defaults)
+    return p
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, under the preset they ask for, checked as far as no file is needed."""
+    bare = [x for x in argv if x not in ("-h", "--help")]
+    first, _ = parser({}).parse_known_args(bare)
+    preset = first.preset or ("demo" if first.model == hub.EMBEDDED else "paper")
+    p = parser({"preset": preset, **PRESETS[preset]})             # so that --help shows its values
+    args = p.parse_args(argv)
+    if args.tasks is None:
+        args.tasks = "wiki_what" if args.calibration == "wikipedia" else ""
+    for key, known in (("method", METHODS), ("tasks", TASKS)):
+        names = [name for name in getattr(args, key).split(",") if name]
+        if not set(names) <= set(known) or key == "method" and not names:
+            p.error(f"--{key} {getattr(args, key)!r}: expected of {', '.join(known)}")
+        setattr(args, key, [name for name in known if name in names])
+    if not 0 < args.sparsity < 1:
+        p.error(f"--sparsity {args.sparsity} is not between 0 and 1; for 0 use --method dense")
+    least = {"clusters": 1, "texts": 1, "samples": 1, "length": 2, "epochs": 1, "batch_size": 1,
+             "lr": 0, "lr_lambda": 0, "limit": 2, "seed": 0}
+    for key, low in least.items():
+        if getattr(args, key) is not None and not low <= getattr(args, key) < 2**31:
+            p.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number from {low} up")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error(f"--device {args.device}: there is no CUDA device here; use --device cpu")
+    args.dtype = best_dtype(args.device) if args.dtype == "auto" else args.dtype
+    return args
+
+
+def estimate(run: Run) -> float:
+    """Minutes of training and evaluation, from their FLOPs and the speed of one matmul."""
+    args, config, w = run.args, run.model.config, run.model.model.layers[0].mlp.up_proj.weight
+    x = torch.ones(1024, w.shape[1]).to(w)
+    for _ in range(3):                                           # the last one counts
+        start = time.perf_counter()
+        float((x @ w.T)[0, 0])
+        rate = 2 * len(x) * w.numel() / (time.perf_counter() - start)
+    masks, share = len(set(args.method) - {"dense"}), SHARED[args.preset]
+    texts = args.samples * args.epochs * args.clusters * (masks * (1 - share) + bool(masks) * share)
+    passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
+    judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
+    return (2 * texts * llm.flops(config, args.length) + judging) / (0.6 * rate) / 60
+
+
+def pipeline(run: Run) -> str:
+    """The paper's Figure 2, and the report of it."""
+    args, routers = run.args, {"dense": None}
+    masked = [name for name in args.method if name != "dense"]
+    if masked:                                                   # Stage 1: mask candidates
+        with stage(run, "encoding"):
+            texts = [x["text"] for x in run.train]
+            e = routing.encode(run.encoder, texts)  # Eq. 1
+    for name in masked:
+        with stage(run, "clustering"):
+            N, generator = args.clusters if name == "igp" else 1, np.random.default_rng(args.seed)
+            mu, labels, _ = kmeans(e, N, generator, RESTARTS)    # Eq. 2
+            run.results["cluster_sizes"] = np.bincount(labels, minlength=N).tolist()
+        with stage(run, f"masks of {name}"):
+            routers[name] = train_masks(run, name, mu, labels)   # Eq. 3-8
+    for name in args.method:                                     # Stage 2: routing, Eq. 9 and 10
+        if name not in [row["name"] for row in run.results["rows"]]:
+            with stage(run, f"evaluation of {name}"):
+                run.results["rows"].append(evaluate_method(run, name, routers[name]))
+    return evaluate.report(run.results, routers["igp"].z if "igp" in routers else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line on stderr for what the user can mend."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run = open_run(args)
+        print(f"{args.model} on {args.device}, {args.dtype}, {torch.get_num_threads()} threads; "
+              f"training and evaluation take about {estimate(run):.0f} minutes; writing {run.out}",
+              file=sys.stderr)
+        print(pipeline(run))
+    except (ValueError, OSError) as e:
+        if sys.flags.dev_mode:                                   # python -X dev shows where
+            raise
+        print(f"igp.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""K-means: k-means++ starts, Lloyd's iterations, empty clusters re-seeded. NumPy only.
+
+Source: Eq. 2 of IG-Pruning, arXiv:2511.02213; k-means++ is Arthur and Vassilvitskii 2007.
+Dims:   M points, N clusters, d_e coordinates; e (M, d_e) points, mu (N, d_e) centroids.
+Silent: start, restarts and stopping rule. k-means++, the best of `restarts`, and stop when no
+        point changes its cluster.
+"""
+import numpy as np
+
+MAX_ITERATIONS = 300  # Lloyd's ends long before on real data; this bounds it on any
+
+
+def nearest(e: np.ndarray, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each point the index of its nearest centroid and the squared distance, both (M,).
+
+    |e - mu|^2 = |e|^2 - 2 e.mu + |mu|^2 turns M N distances into one matmul. Ties: lowest index.
+    """
+    distance = (mu * mu).sum(1) - 2 * (e @ mu.T)                  # (M, N), short of |e|^2
+    labels = distance.argmin(1)
+    distance = distance[np.arange(len(e)), labels] + np.einsum("md,md->m", e, e)
+    return labels, np.maximum(distance, 0)                        # rounding may dip below 0
+
+
+def plus_plus(e: np.ndarray, N: int, generator: np.random.Generator) -> np.ndarray:
+    """N starting points out of e, each drawn with probability ~ squared distance to the others.
+
+    That is, to the nearest of those drawn before it. Returns mu (N, d_e), distinct points wherever
+    e holds that many.
+    """
+    chosen = [int(generator.integers(len(e)))]
+    distance = np.full(len(e), np.inf)
+    while len(chosen) < N:
+        distance = np.minimum(distance, ((e - e[chosen[-1]]) ** 2).sum(1, dtype=np.float64))
+        total = distance.sum()
+        chosen.append(int(generator.choice(len(e), p=distance / total if total > 0 else None)))
+    return e[chosen]
+
+
+def lloyd(e: np.ndarray, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Alternate the two halves of Eq. 2, labels for fixed mu and mu for fixed labels, until stable.
+
+    e (M, d_e), mu (N, d_e) starts. Returns mu, labels (M,) and the inertia, the sum of Eq. 2.
+    A cluster without points is moved onto the point farthest from its centroid.
+    """
+    N, labels = len(mu), None
+    for _ in range(MAX_ITERATIONS):
+        old, (labels, distance) = labels, nearest(e, mu)
+        size = np.bincount(labels, minlength=N)
+        for k in np.flatnonzero(size == 0):
+            far = np.where(size[labels] > 1, distance, -1).argmax()  # leaves no other cluster empty
+            size[labels[far]] -= 1
+            size[k], labels[far], distance[far] = 1, k, 0
+        if old is not None and np.array_equal(old, labels):
+            break
+        sums = [e[labels == k].sum(0, dtype=np.float64) for k in range(N)]
+        mu = (np.stack(sums) / size[:, None]).astype(e.dtype)
+    return mu, labels, float(distance.sum(dtype=np.float64))
+
+
+def kmeans(e: np.ndarray, N: int, generator: np.random.Generator, restarts: int):
+    """arg min over S of Eq. 2: the best of `restarts` runs of Lloyd's from k-means++ starts.
+
+    e (M, d_e) float32. Returns mu (N, d_e) float32, labels (M,) int64, inertia; sums in float64.
+    Raises ValueError unless 1 <= N <= M and every coordinate is finite.
+    Example: e = [[0], [1], [10], [11]], N = 2 -> mu {[0.5], [10.5]}, inertia 4 * 0.5^2 = 1.
+    """
+    if not 1 <= N <= len(e):
+        raise ValueError(f"{N} clusters of {len(e)} texts: expected 1 to {len(e)}")
+    if not np.isfinite(e).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(e).all(1))} embeddings are not finite")
+    runs = [lloyd(e, plus_plus(e, N, generator)) for _ in range(restarts)]
+    return min(runs, key=lambda run: run[2])

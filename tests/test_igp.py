@@ -1,0 +1,305 @@
+"""igp.py: the training step against autograd and torch's FLOP counter, and the whole pipeline."""
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, WORDS, edit_json, hook_gates, make_reference, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import evaluate
+import hub
+import igp
+import model as llm
+import router as routing
+from hardconcrete import harden, lagrangian, sample_u, sample_z
+
+B = 6
+TEXTS = [[5, 9, 11, 3, 40], [7, 20, 21], list(range(30, 50)), [1, 2, 3, 4]]
+
+
+def arguments(**change):
+    return argparse.Namespace(**{"lr": 0.2, "lr_lambda": 0.1, "gate": "paper", "sparsity": 0.25,
+                                 "batch_size": 3, "length": 16, "epochs": 1} | change)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return llm.load(checkpoint("llama")[0], "cpu", torch.float32)
+
+
+# ------------------------------------------------------------------ the training step
+
+
+def test_lm_loss_is_cross_entropy_with_its_gradient(model, monkeypatch):
+    monkeypatch.setattr(evaluate, "HEAD_ROWS", 7)
+    hidden, targets = torch.randn(30, 48, requires_grad=True), torch.arange(30)
+    loss, gradient = igp.lm_loss(model, hidden, targets)
+    wanted = F.cross_entropy(model.head(hidden), targets)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(gradient, hidden.grad)
+
+
+def test_first_step_is_eq_8_by_autograd_on_transformers(model):
+    """One step from log_alpha = 1; Adam's first step is lr * sign(gradient)."""
+    args, mask = arguments(), igp.new_mask(B, arguments(), "test")
+    generator = torch.Generator().manual_seed(3)
+    igp.train_mask(model, mask, [(TEXTS, 1.0)], args, generator)
+
+    log_alpha, lambdas = torch.ones(B, requires_grad=True), torch.zeros(2, requires_grad=True)
+    u = sample_u((4, B), torch.Generator().manual_seed(3))
+    z = sample_z(log_alpha, u, "paper")
+    losses, n = 0, 0
+    for i, x in enumerate(TEXTS):  # a text at a time: no padding
+        reference = make_reference("llama")
+        hook_gates(reference, z[i])
+        logits = reference(torch.tensor([x])).logits[0, :-1]
+        losses = losses + F.cross_entropy(logits, torch.tensor(x[1:]), reduction="sum")
+        n += len(x) - 1
+    total = losses / n + lagrangian(1 - z.mean(), args.sparsity, *lambdas)
+    total.backward()
+    torch.testing.assert_close(mask["log_alpha"].grad, log_alpha.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(mask["lambdas"].grad, lambdas.grad)
+    step = mask["log_alpha"].detach() - 1
+    torch.testing.assert_close(step, -args.lr * log_alpha.grad.sign(), rtol=1e-2, atol=1e-3)
+    ascent = args.lr_lambda * lambdas.grad.sign()
+    torch.testing.assert_close(mask["lambdas"].detach(), ascent, rtol=1e-2, atol=1e-3)
+
+
+def test_a_step_costs_two_forwards_and_no_weight_gradient(model):
+    texts = [list(range(2, 42))] * 3
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.head(model(torch.tensor(texts), torch.ones(3, B)))
+    with FlopCounterMode(display=False) as step:
+        igp.train_mask(model, igp.new_mask(B, arguments(), "t"), [(texts, 1.0)], arguments(),
+                       torch.Generator())
+    assert 1.7 < step.get_total_flops() / forward.get_total_flops() <= 2.1
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_no_tensor_of_all_logits_is_ever_built(model, monkeypatch):
+    monkeypatch.setattr(evaluate, "HEAD_ROWS", 8)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (97,) and out.shape[0] != 48:
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        igp.train_mask(model, igp.new_mask(B, arguments(), "t"), [([list(range(2, 42))] * 3, 1.0)],
+                       arguments(), torch.Generator())
+    assert 0 < largest <= 8 * 97
+
+
+def test_training_reaches_the_target_and_repeats(model):
+    def train():
+        mask, generator = igp.new_mask(B, arguments(), "t"), torch.Generator().manual_seed(5)
+        args = arguments(sparsity=0.5)
+        batches = igp.draw(TEXTS, 300, args, generator)
+        steps = [(x, 1 - i / 100) for i, x in enumerate(batches)]
+        n = igp.train_mask(model, mask, steps, args, generator)
+        return mask["log_alpha"].detach(), n
+
+    (log_alpha, n), (again, _) = train(), train()
+    assert torch.equal(log_alpha, again) and n == 300 // 4 * (4 + 2 + 15 + 3)
+    z = sample_z(log_alpha, sample_u((2000, B), torch.Generator()), "paper")
+    assert 1 - z.mean().item() == pytest.approx(0.5, abs=1 / B)
+    assert log_alpha.std() > 0.3 and (~harden(log_alpha, 3)).sum() == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_mask_and_step(model):
+    model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="mask 3: loss nan .* at step 0"):
+        igp.train_mask(model, igp.new_mask(B, arguments(), "mask 3"), [(TEXTS, 1.0)], arguments(),
+                       torch.Generator())
+
+
+def test_draw_cuts_shuffles_and_repeats_in_turn():
+    texts = [[i] * 30 for i in range(7)]
+    batches = igp.draw(texts, 20, arguments(epochs=2), torch.Generator().manual_seed(0))
+    assert [len(x) for x in batches] == [3] * 6 + [2]
+    flat = [x[0] for batch in batches for x in batch]
+    assert flat[:7] == flat[7:14] != list(range(7)) == sorted(flat[:7])
+    assert {len(x) for batch in batches for x in batch} == {16}
+    few = igp.draw(texts, 6, arguments(epochs=3), torch.Generator().manual_seed(0))
+    assert len({x[0] for batch in few for x in batch}) == 2
+
+
+# ------------------------------------------------------------------ the whole pipeline
+
+
+@pytest.fixture
+def command(checkpoint, encoder, tmp_path, monkeypatch):
+    """A command line on a tiny checkpoint folder, texts of two kinds, and the tiny encoder."""
+    folder, _ = checkpoint("qwen3", shards=True)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    halves = [rng.choice(WORDS[half * 40:half * 40 + 40], size=rng.integers(5, 30))
+              for half in (0, 1) * 40]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": " ".join(words)}) for words in halves))
+    articles = [{"title": w.upper(), "topic": "A", "description": f"v{i} {WORDS[i - 1]}0",
+                 "text": w}
+                for i, w in enumerate(WORDS)]
+    monkeypatch.setattr(hub, "encoder_folder", lambda: encoder)
+    original = hub.calibration_texts
+    monkeypatch.setattr(hub, "calibration_texts",
+                        lambda name, n: articles if name == "wikipedia" else original(name, n))
+    return ["--model", str(folder), "--calibration", str(texts), "--clusters", "2",
+            "--samples", "8",
+            "--length", "12", "--batch-size", "4", "--sparsity", "0.3", "--dtype", "float32",
+            "--out", str(tmp_path / "run"), "--preset", "demo"]
+
+
+def test_pipeline_end_to_end(command, tmp_path, capsys):
+    assert igp.main([*command, "--tasks", "wiki_what", "--limit", "9"]) == 0
+    out, err = capsys.readouterr()
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    router = routing.load(tmp_path / "run/router.safetensors")
+    static = routing.load(tmp_path / "run/static.safetensors")
+    assert router.z.shape == (2, B) and static.z.shape == (1, B)
+    assert ((~router.z).sum(1) == 2).all() and (~static.z).sum() == 2  # floor(0.3 * 6 + 0.5)
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["dense", "static", "igp"]
+    assert rows["dense"]["flops_ratio"] == 1 and rows["igp"]["flops_ratio"] < 1
+    assert rows["static"]["flops_ratio_with_router"] == rows["static"]["flops_ratio"]
+    assert rows["igp"]["flops_ratio_with_router"] > rows["igp"]["flops_ratio"]
+    assert rows["static"]["sparsity"] == pytest.approx(2 / 6)
+    trained = rows["igp"]["training_tokens"]
+    assert rows["static"]["training_tokens"] == pytest.approx(trained, rel=0.2)
+    for i, z in enumerate(router.z):
+        assert rows["igp"]["attention_skipped"][i] == (~z[0::2]).sum()
+        assert rows["igp"]["ffn_skipped"][i] == (~z[1::2]).sum()
+    assert rows["igp"]["tasks"]["wiki_what"]["n"] == 9
+    matrix = np.array(results["matrix"])
+    assert matrix.shape == (2, 2) and np.isfinite(matrix).all()
+    assert set(results) >= {
+        "model", "sparsity_target", "budget", "clusters", "calibration", "seed", "preset",
+        "arguments",
+        "versions", "git", "rows", "matrix", "seconds", "peak_memory_bytes"}
+    assert results["training_tokens_per_second"] > 0 and results["peak_memory_bytes"] > 1e7
+    for text in ("| dense |", "| igp |", "wiki_what (n=9)", "| cluster (texts) |", "  A ", "  F ",
+                 "texts", "Seconds: encoding"):
+        assert text in out
+    assert all(stage in err for stage in ("encoding:", "masks of static:", "evaluation of igp:"))
+
+
+def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys):
+    """IG-Pruning's perplexity, recomputed a text at a time with transformers and hooks."""
+    assert igp.main([*command, "--method", "igp,dense"]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    router, args = routing.load(tmp_path / "run/router.safetensors"), igp.parse(command)
+    texts = [x["text"] for x in hub.split(hub.calibration_texts(args.calibration, None))[2]]
+    encoder = routing.open_encoder(hub.encoder_folder(), "cpu", torch.float32)
+    mu, tokenizer = router.mu.numpy(), hub.load_tokenizer(hub.Path(args.model))
+    for name in ("igp", "dense"):
+        total, n = 0.0, 0
+        for text in texts:
+            e = routing.encode(encoder, [text])
+            k = ((e - mu) ** 2).sum(1).argmin()
+            z = router.z[k].float() if name == "igp" else torch.ones(B)
+            reference = make_reference("qwen3")
+            hook_gates(reference, z)
+            ids = torch.tensor([tokenizer.encode(text).ids])
+            with torch.no_grad():
+                logits = reference(ids).logits[0, :-1]
+            total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            n += ids.shape[1] - 1
+        ours = next(row["ppl"] for row in results["rows"] if row["name"] == name)
+        assert ours == pytest.approx(np.exp(total / n), rel=1e-4)
+
+
+def test_same_seed_same_bits_and_a_cluster_alone_too(command, tmp_path, capsys):
+    for out in ("a", "b"):
+        assert igp.main([*command, "--method", "igp", "--out", str(tmp_path / out)]) == 0
+    first = (tmp_path / "a/router.safetensors").read_bytes()
+    assert first == (tmp_path / "b/router.safetensors").read_bytes()
+    router = routing.load(tmp_path / "a/router.safetensors")
+    router.log_alpha[0] = torch.nan                      # cluster 0 is not trained yet
+    routing.save(router, tmp_path / "b/router.safetensors")
+    assert igp.main([*command, "--method", "igp", "--out", str(tmp_path / "b")]) == 0
+    assert first == (tmp_path / "b/router.safetensors").read_bytes()
+    assert igp.main([*command, "--method", "igp", "--out", str(tmp_path / "c"), "--seed", "1"]) == 0
+    assert first != (tmp_path / "c/router.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(command, capsys, monkeypatch):
+    assert igp.main(command) == 0
+    before = capsys.readouterr().out
+    monkeypatch.setattr(igp, "train_mask", None)
+    monkeypatch.setattr(igp, "evaluate_method", None)
+    assert igp.main(command) == 0
+    assert capsys.readouterr().out.split("Seconds")[0] == before.split("Seconds")[0]
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (["--model", "lama3-8b"], "nearest: llama3-8b"),
+    (["--calibration", "gone.jsonl"], "--calibration gone.jsonl is no file"),
+    (["--sparsity", "0.01"], "--sparsity 0.01 skips 0 of 6 blocks"),
+    (["--sparsity", "0.99"], "skips 6 of 6 blocks"),
+    (["--clusters", "49"], "--clusters 49 is more than the 48 texts"),
+    (["--out", "/proc/none"], "/proc/none"),
+])
+def test_what_a_user_can_mend_is_one_line_and_status_2(command, capsys, change, named):
+    assert igp.main([*command, *change]) == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1 and err.startswith("igp.py: error: ")
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (["--method", "dense,slab"], "slab"), (["--method", ""], "--method"),
+    (["--tasks", "arc"], "arc"),
+    (["--sparsity", "0"], "use --method dense"), (["--sparsity", "1"], "between 0 and 1"),
+    (["--sparsity", "nan"], "between 0 and 1"), (["--clusters", "0"], "--clusters 0"),
+    (["--lr", "nan"], "--lr nan"), (["--length", "1"], "--length 1"), (["--gate", "x"], "--gate"),
+    (["--device", "cuda"], "--device cuda"),
+])
+def test_arguments_that_make_no_sense_are_refused_at_once(capsys, change, named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        igp.main(change)
+    assert caught.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_another_runs_folder_and_another_models_tokenizer_are_refused(command, tmp_path, capsys):
+    assert igp.main([*command, "--method", "dense"]) == 0
+    assert igp.main([*command, "--method", "dense", "--lr", "0.7"]) == 2
+    assert "holds a run with lr=0.2, not 0.7; choose another --out" in capsys.readouterr().err
+    edit_json(tmp_path / "qwen3-False-True/config.json", vocab_size=50)
+    assert igp.main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "has 82 ids, but vocab_size is 50" in capsys.readouterr().err
+
+
+def test_help_shows_the_values_of_the_preset():
+    def text(*more):
+        return " ".join(subprocess.run([sys.executable, ROOT / "igp.py", *more, "--help"],
+                                       capture_output=True, text=True, check=True).stdout.split())
+
+    demo, paper = text(), text("--preset", "paper")
+    for preset, shown in (("demo", demo), ("paper", paper)):
+        for key, value in igp.PRESETS[preset].items():
+            flag = shown.split(f"--{key.replace('_', '-')} {key.upper()}")[-1]
+            assert f"(default: {value})" in flag.split(" --")[0], (preset, key)
+
+
+# ------------------------------------------------------------------ what is printed
+
+
+def test_picture_and_matrix_report():
+    z = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1]).bool()
+    assert evaluate.picture(z) == "A █·██  F ██·█"
+    bad = evaluate.matrix_report([[10.0, 9.0], [12.0, 11.0]], [5, 7])
+    assert "not specialised" in bad and "for cluster 0," in bad
+    assert "| 0 (5) | 10.00 | 9.00 |" in bad
+    good = evaluate.matrix_report([[9.0, 10.0], [None, None]], [5, 0])
+    assert "lowest of every row" in good and "| 1 (0) | - | - |" in good
