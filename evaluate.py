@@ -23,8 +23,8 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """log P(target) at each position, float32: hidden (n, d), targets (n,) -> (n,)."""
     parts = []
     for h, y in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        logits = model.head(h).float()                            # (HEAD_ROWS, v)
-        parts.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(-1))
+        log_p = model.head(h).log_softmax(-1, dtype=torch.float32)  # (HEAD_ROWS, v)
+        parts.append(log_p.gather(1, y[:, None])[:, 0])
     return torch.cat(parts)
 
 

@@ -36,18 +36,19 @@ from kmeans import kmeans
 METHODS = ("dense", "static", "igp")
 TASKS = ("wiki_what",)
 # "paper": rates, N, samples and length of Table 5. Silent: its M, epochs and batch size.
-# "demo": sized for minutes on two CPU cores. Deviates: higher rates, for fewer steps.
+# "demo": sized for minutes on two CPU cores. Deviates: twice the rate of log_alpha.
 PRESETS = {
-    "demo": {"calibration": "wikipedia", "clusters": 4, "texts": 2000, "samples": 200, "length": 48,
-             "epochs": 1, "batch_size": 8, "lr": 0.2, "lr_lambda": 0.1},
+    "demo": {"calibration": "wikipedia", "clusters": 4, "texts": 1200, "samples": 160, "length": 48,
+             "epochs": 1, "batch_size": 4, "lr": 0.2, "lr_lambda": 0.1},
     "paper": {"calibration": "fineweb-edu", "clusters": 16, "texts": 50_000, "samples": 1000,
               "length": 512, "epochs": 1, "batch_size": 4, "lr": 0.1, "lr_lambda": 0.1},
 }
-# Deviates: the share of the tokens that trains one start for all masks, at constant rates. The
-# paper trains each mask from scratch.
+# Deviates: this share of the tokens trains one start for all masks, at a constant rate. The paper
+# trains each mask from scratch.
 SHARED = {"demo": 0.6, "paper": 0.0}
-LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.75, so t starts at 0.25.
+LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.72, so t starts at 0.28.
 RESTARTS = 10    # Silent: of k-means
+CHOOSING = 32    # training texts that choose between a mask's candidates, see `choose`
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
             "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset")
@@ -80,18 +81,18 @@ def new_mask(B: int, args: argparse.Namespace, name: str) -> dict:
 
 
 def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.Namespace,
-               generator: torch.Generator) -> int:
+               generator: torch.Generator) -> list[Tensor]:
     """Eq. 8: log_alpha descends, the lambdas ascend on L_LM(x; W * z) + L_s. Trains mask in place.
 
     steps: (texts, rate) pairs, texts being lists of token ids, at least 2 each, and rate in 0-1 a
-    factor of --lr. generator: on the CPU, for u. Returns the number of tokens predicted.
-    Only z gets gradients, so that a step costs two forwards, not three.
+    factor of --lr. generator: on the CPU, for u. Only z gets gradients, so that a step costs two
+    forwards, not three. Returns log_alpha (B,) half-way and at the end.
     Raises ValueError when the loss is not finite, with the step.
     Silent: one u per text; L_LM is the mean over tokens; Adam.
     Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it.
     """
     log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
-    device, n_tokens, bar = model.head_weight.device, 0, tqdm(steps, mask["name"], disable=None)
+    device, kept, bar = model.head_weight.device, [], tqdm(steps, mask["name"], disable=None)
     for step, (texts, rate) in enumerate(bar):
         w = max(map(len, texts))
         tokens = torch.tensor([x + [0] * (w - len(x)) for x in texts], device=device)  # (b, w)
@@ -110,10 +111,26 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
         torch.autograd.backward([hidden, L_s], [gradient, None])  # the gradient of Eq. 8
         adam.param_groups[0]["lr"] = args.lr * rate
         adam.step()
-        n_tokens += len(targets)
+        if step + 1 in (len(steps) // 2, len(steps)):
+            kept.append(log_alpha.detach().clone())
         bar.set_postfix(loss=f"{L_lm:.2f}", t=f"{t:.2f}", closed=int((z == 0).all(0).sum()),
                         lambda_1=f"{lambdas[0]:.2f}", lambda_2=f"{lambdas[1]:.2f}")
-    return n_tokens
+    return kept
+
+
+def choose(model: llm.Transformer, candidates: list[Tensor], n_skip: int, texts: list) -> Tensor:
+    """The log_alpha (B,) of `candidates` whose hardened z has the lowest loss on `texts`.
+
+    Deviates: the paper hardens the last log_alpha. Gates are soft in training, so that which of
+    two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
+    """
+    requests, losses = [(x[:1], x[1:]) for x in texts], {}
+    for log_alpha in candidates:
+        z = harden(log_alpha, n_skip)
+        if (key := tuple(z.tolist())) not in losses:
+            loglik = evaluate.loglikelihoods(model, requests, z.expand(len(texts), -1))
+            losses[key] = (-loglik.sum(), log_alpha)
+    return min(losses.values(), key=lambda pair: pair[0])[1]
 
 
 def draw(texts: list[list[int]], n: int, args: argparse.Namespace,
@@ -165,9 +182,10 @@ def open_run(args: argparse.Namespace) -> Run:
     out = Path(args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}")
     results = open_results(args, out)
     tokenizer = hub.load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"{folder}/tokenizer.json has {tokenizer.get_vocab_size()} ids, but "
-                         f"vocab_size is {config.vocab_size}: they belong to different models")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
+                         f"{config.vocab_size}: they belong to different models")
     texts = hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
     encodings = tokenizer.encode_batch([x["text"] for x in texts])  # BOS: the tokenizer's habit
     for text, encoding in zip(texts, encodings, strict=True):
@@ -231,15 +249,17 @@ def stage(run: Run, name: str):
 # ------------------------------------------------------------------ Stage 1: a mask per cluster
 
 
-def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator, of: str) -> None:
-    """`train_mask`, with tokens and seconds counted in results["training"] under `of`."""
+def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator,
+                of: str) -> list[Tensor]:
+    """`train_mask`, its predicted tokens and seconds counted in results["training"] under `of`."""
     start = time.perf_counter()
-    n_tokens = train_mask(run.model, mask, steps, run.args, generator)
+    kept = train_mask(run.model, mask, steps, run.args, generator)
     spent = run.results["training"].setdefault(of, {"tokens": 0, "seconds": 0.0})
-    spent["tokens"] += n_tokens
+    spent["tokens"] += sum(len(x) - 1 for texts, _ in steps for x in texts)
     spent["seconds"] += time.perf_counter() - start
     total = {key: sum(x[key] for x in run.results["training"].values()) for key in spent}
     run.results["training_tokens_per_second"] = total["tokens"] / total["seconds"]
+    return kept
 
 
 def shared_start(run: Run) -> dict:
@@ -259,7 +279,7 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
 
     mu (N, d_e), labels (M,) of run.train. Masks that the run folder already holds are kept.
     static is the case N = 1, and gets the tokens of all of igp's masks together.
-    Silent: log_alpha's rate falls linearly to 0 (after the shared start).
+    Silent: log_alpha's rate falls linearly to 0 in a mask's own steps.
     """
     args, N, B = run.args, len(mu), run.model.B
     path = run.out / ("router.safetensors" if method == "igp" else f"{method}.safetensors")
@@ -267,6 +287,7 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
         torch.from_numpy(mu), torch.ones(N, B, dtype=torch.bool), torch.full((N, B), torch.nan),
         {key: getattr(args, key) for key in IDENTITY})
     n = round(args.samples * args.epochs * (1 - SHARED[args.preset]) * args.clusters / N)
+    n_skip = blocks_to_skip(args.sparsity, B)
     for k in (k for k in range(N) if router.log_alpha[k].isnan().any()):
         number = 2 + k if method == "igp" else 1                 # a generator of its own per mask
         generator = torch.Generator().manual_seed(args.seed * 2**20 + number)
@@ -274,9 +295,11 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
         batches = draw([run.train[i]["tokens"] for i in np.flatnonzero(labels == k)], n, args,
                        generator)
         steps = [(x, 1 - i / len(batches)) for i, x in enumerate(batches)]
-        train_timed(run, mask, steps, generator, method)
-        router.log_alpha[k] = mask["log_alpha"].detach()
-        router.z[k] = harden(router.log_alpha[k], blocks_to_skip(args.sparsity, B))
+        candidates = [mask["log_alpha"].detach().clone()] if SHARED[args.preset] else []
+        candidates += train_timed(run, mask, steps, generator, method)
+        texts = sum(batches, [])[:CHOOSING]
+        router.log_alpha[k] = choose(run.model, candidates, n_skip, texts)
+        router.z[k] = harden(router.log_alpha[k], n_skip)
         routing.save(router, path)
     return router
 
