@@ -66,7 +66,7 @@ def _batch(model: Transformer, requests: list, z: Tensor | None) -> np.ndarray:
         rows.append(h[max(0, len(ids) - len(y)):len(ids)])        # they predict y
         kept.append(y[len(y) - len(rows[-1]):])
     scores = log_probs(model, torch.cat(rows), torch.tensor(sum(kept, []), device=device))
-    return np.array([part.double().sum().item() for part in scores.split([len(y) for y in kept])])
+    return np.array([part.sum() for part in scores.double().cpu().split([len(y) for y in kept])])
 
 
 def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
@@ -169,8 +169,9 @@ def picture(z: Tensor) -> str:
 def report(results: dict, z: Tensor | None) -> str:
     """results.json as Markdown: methods, N x N matrix, masks, seconds. z (N, B) bool, or None."""
     first, rows = results["rows"][0]["tasks"], []
+    tasks = [task for task in first if all(task in row["tasks"] for row in results["rows"])]
     for row in results["rows"]:
-        scores = row["tasks"].values()
+        scores = [row["tasks"][task] for task in tasks]
         rows.append([
             row["name"], " ".join(map(str, row["attention_skipped"])),
             " ".join(map(str, row["ffn_skipped"])), f"{row['flops_ratio']:.1%}",
@@ -178,7 +179,7 @@ def report(results: dict, z: Tensor | None) -> str:
             *(f"{100 * s['acc_norm']:.1f} ± {100 * s['acc_norm_stderr']:.1f}" for s in scores),
             row["training_tokens"], f"{row['seconds']:.0f}"])
     head = ["method", "skipped attention", "skipped FFN", "FLOPs", "FLOPs + router", "perplexity",
-            *(f"{task} (n={first[task]['n']})" for task in first), "training tokens", "seconds"]
+            *(f"{task} (n={first[task]['n']})" for task in tasks), "training tokens", "seconds"]
     parts = [markdown(head, rows)]
     if results["matrix"]:
         parts.append(matrix_report(results["matrix"], results["judging_texts"]))
@@ -197,9 +198,10 @@ def matrix_report(matrix: list, sizes: list[int]) -> str:
     rows = [[f"{i} ({n})", *("-" if x is None else f"{x:.2f}" for x in row)]
             for i, (row, n) in enumerate(zip(matrix, sizes, strict=True))]
     head = ["cluster (texts)", *(f"mask {j}" for j in range(len(matrix)))]
-    worse = [str(i) for i, row in enumerate(matrix) if sizes[i] and min(row) < row[i]]
+    equalled = [str(i) for i, row in enumerate(matrix)
+                if sizes[i] and min(row[:i] + row[i + 1:]) <= row[i]]
     verdict = "The diagonal is the lowest of every row: each cluster's own mask serves it best."
-    if worse:
+    if equalled:
         verdict = ("The masks have not specialised: the diagonal is not the lowest of its row for "
-                   f"cluster {', '.join(worse)}, which another cluster's mask serves better.")
+                   f"cluster {', '.join(equalled)}, which another's mask serves as well or better.")
     return f"Perplexity by cluster and mask:\n\n{markdown(head, rows)}\n\n{verdict}"

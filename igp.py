@@ -14,6 +14,7 @@ import contextlib
 import copy
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -220,14 +221,14 @@ def open_results(args: argparse.Namespace, out: Path) -> dict:
                 raise ValueError(f"{out} holds a run with {key}={held.get(key)}, not "
                                  f"{getattr(args, key)}; choose another --out")
         return results
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
     packages = ("torch", "numpy", "safetensors", "tokenizers", "sentence-transformers")
     return {"model": args.model, "sparsity_target": args.sparsity, "budget": "blocks",
             "clusters": args.clusters, "calibration": args.calibration, "seed": args.seed,
             "preset": args.preset, "arguments": vars(args),
             "versions": {name: version(name) for name in packages},
-            "git": git.stdout.strip() or None, "rows": [], "matrix": None, "seconds": {},
+            "git": git.strip() or None, "rows": [], "matrix": None, "seconds": {},
             "training": {}, "peak_memory_bytes": 0}
 
 
@@ -238,7 +239,8 @@ def stage(run: Run, name: str):
     yield
     seconds = time.perf_counter() - start
     results["seconds"][name] = results["seconds"].get(name, 0.0) + seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024               # Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if run.args.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak)
@@ -325,8 +327,9 @@ def evaluate_method(run: Run, name: str, router: routing.Router | None) -> dict:
     k = clusters([x["text"] for x in run.judge])                 # Eq. 9
     requests = [(x["tokens"][:1], x["tokens"][1:]) for x in run.judge]
     n = np.array([len(y) for _, y in requests])                  # predicted tokens per text
+    different, which = (masks, [0]) if N == 1 else masks.unique(dim=0, return_inverse=True)
     table = np.stack([evaluate.loglikelihoods(
-        model, requests, None if z is None else z.expand(len(n), -1)) for z in masks])
+        model, requests, None if z is None else z.expand(len(n), -1)) for z in different])[which]
     cost = sum(llm.flops(config, int(t), masks[j]) for t, j in zip(n, k, strict=True))
     dense = sum(llm.flops(config, int(t)) for t in n)
     routed = sum(routing.encoder_flops(run.encoder_folder, int(t)) for t in n) if N > 1 else 0
@@ -452,9 +455,13 @@ def pipeline(run: Run) -> str:
         with stage(run, f"masks of {name}"):
             routers[name] = train_masks(run, name, mu, labels)   # Eq. 3-8
     for name in args.method:                                     # Stage 2: routing, Eq. 9 and 10
-        if name not in [row["name"] for row in run.results["rows"]]:
+        rows, asked = run.results["rows"], {task: len(q) for task, q in run.questions.items()}
+        for row in [row for row in rows if row["name"] == name]:
+            if any(row["tasks"].get(task, {}).get("n") != n for task, n in asked.items()):
+                rows.remove(row)                                 # other questions than last time
+        if name not in [row["name"] for row in rows]:
             with stage(run, f"evaluation of {name}"):
-                run.results["rows"].append(evaluate_method(run, name, routers[name]))
+                rows.append(evaluate_method(run, name, routers[name]))
     return evaluate.report(run.results, routers["igp"].z if "igp" in routers else None)
 
 

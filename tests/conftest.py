@@ -101,8 +101,8 @@ def make_tokenizer(bos: bool = False):
 def encoder(tmp_path_factory):
     """The folder of a tiny random sentence encoder: BERT, mean pooling, normalisation."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling
-    from sentence_transformers.models import Transformer as Backbone
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from sentence_transformers.sentence_transformer.modules import Transformer as Backbone
     from transformers import BertConfig, BertModel, BertTokenizerFast
     folder = tmp_path_factory.mktemp("encoder")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

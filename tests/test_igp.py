@@ -265,6 +265,19 @@ def test_a_finished_run_is_not_run_again(command, capsys, monkeypatch):
     assert capsys.readouterr().out.split("Seconds")[0] == before.split("Seconds")[0]
 
 
+def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
+    assert igp.main([*command, "--method", "dense"]) == 0
+    more = ["--method", "static,dense", "--tasks", "wiki_what", "--limit", "5"]
+    assert igp.main([*command, *more]) == 0
+    assert "wiki_what (n=5)" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    assert [(row["name"], row["tasks"]["wiki_what"]["n"]) for row in rows] == [
+        ("dense", 5), ("static", 5)]
+    assert igp.main([*command, "--method", "igp"]) == 0  # without the task
+    out = capsys.readouterr().out
+    assert "| igp |" in out and "wiki_what" not in out  # a column only where all rows have it
+
+
 @pytest.mark.parametrize(("change", "named"), [
     (["--model", "lama3-8b"], "nearest: llama3-8b"),
     (["--calibration", "gone.jsonl"], "--calibration gone.jsonl is no file"),
@@ -324,5 +337,7 @@ def test_picture_and_matrix_report():
     bad = evaluate.matrix_report([[10.0, 9.0], [12.0, 11.0]], [5, 7])
     assert "not specialised" in bad and "for cluster 0," in bad
     assert "| 0 (5) | 10.00 | 9.00 |" in bad
+    same = evaluate.matrix_report([[9.0, 9.0], [12.0, 11.0]], [5, 7])
+    assert "not specialised" in same and "for cluster 0," in same
     good = evaluate.matrix_report([[9.0, 10.0], [None, None]], [5, 0])
     assert "lowest of every row" in good and "| 1 (0) | - | - |" in good

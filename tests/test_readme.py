@@ -1,6 +1,7 @@
 """The README's commands, files, equations and tags, against the code."""
 import ast
 import re
+import sys
 
 from conftest import ROOT
 
@@ -77,4 +78,4 @@ def test_the_requirements_are_the_imports():
     used = {part.split(".")[0] for text in FILES.values()
             for part in re.findall(r"^\s*(?:import|from) ([\w.]+)", text, re.M)}
     brought = {"huggingface_hub", "transformers"}  # by sentence-transformers
-    assert names <= used <= names | brought | set(FILES) | set(__import__("sys").stdlib_module_names)
+    assert names <= used <= names | brought | set(FILES) | set(sys.stdlib_module_names)
