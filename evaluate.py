@@ -173,8 +173,8 @@ def report(results: dict, z: Tensor | None) -> str:
     for row in results["rows"]:
         scores = [row["tasks"][task] for task in tasks]
         rows.append([
-            row["name"], " ".join(map(str, row["attention_skipped"])),
-            " ".join(map(str, row["ffn_skipped"])), f"{row['flops_ratio']:.1%}",
+            row["name"], " ".join(map(str, row["attention_skipped"])) or "-",
+            " ".join(map(str, row["ffn_skipped"])) or "-", f"{row['flops_ratio']:.1%}",
             f"{row['flops_ratio_with_router']:.1%}", f"{row['ppl']:.2f}",
             *(f"{100 * s['acc_norm']:.1f} ± {100 * s['acc_norm_stderr']:.1f}" for s in scores),
             row["training_tokens"], f"{row['seconds']:.0f}"])

@@ -50,6 +50,7 @@ SHARED = {"demo": 0.6, "paper": 0.0}
 LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.72, so t starts at 0.28.
 RESTARTS = 10    # Silent: of k-means
 CHOOSING = 32    # training texts that choose between a mask's candidates, see `choose`
+JUDGED = 512     # Silent: tokens of a held-out text that are judged; Table 5's training length
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
             "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset")
@@ -192,7 +193,7 @@ def open_run(args: argparse.Namespace) -> Run:
     for text, encoding in zip(texts, encodings, strict=True):
         text["tokens"] = encoding.ids[:config.max_position_embeddings]
     train, _, judge = hub.split([x for x in texts if len(x["tokens"]) > 1])
-    train = train[:args.texts]
+    train, judge = train[:args.texts], [x | {"tokens": x["tokens"][:JUDGED]} for x in judge]
     if args.clusters > len(train):
         raise ValueError(f"--clusters {args.clusters} is more than the {len(train)} texts")
     questions = {}

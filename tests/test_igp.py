@@ -184,7 +184,10 @@ def command(checkpoint, encoder, tmp_path, monkeypatch):
             "--out", str(tmp_path / "run"), "--preset", "demo"]
 
 
-def test_pipeline_end_to_end(command, tmp_path, capsys):
+def test_pipeline_end_to_end(command, tmp_path, capsys, monkeypatch):
+    drawn, draw = [], igp.draw
+    monkeypatch.setattr(igp, "draw", lambda texts, n, *more: (drawn.append(n),
+                                                              draw(texts, n, *more))[1])
     assert igp.main([*command, "--tasks", "wiki_what", "--limit", "9"]) == 0
     out, err = capsys.readouterr()
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -198,8 +201,8 @@ def test_pipeline_end_to_end(command, tmp_path, capsys):
     assert rows["static"]["flops_ratio_with_router"] == rows["static"]["flops_ratio"]
     assert rows["igp"]["flops_ratio_with_router"] > rows["igp"]["flops_ratio"]
     assert rows["static"]["sparsity"] == pytest.approx(2 / 6)
-    trained = rows["igp"]["training_tokens"]
-    assert rows["static"]["training_tokens"] == pytest.approx(trained, rel=0.2)
+    assert drawn == [10, 6, 3, 3]  # of 2 * 8 texts 60 % for the start, static, then two clusters
+    assert rows["static"]["training_tokens"] > 16 * 4 < rows["igp"]["training_tokens"]
     for i, z in enumerate(router.z):
         assert rows["igp"]["attention_skipped"][i] == (~z[0::2]).sum()
         assert rows["igp"]["ffn_skipped"][i] == (~z[1::2]).sum()
@@ -219,9 +222,16 @@ def test_pipeline_end_to_end(command, tmp_path, capsys):
 
 def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys):
     """IG-Pruning's perplexity, recomputed a text at a time with transformers and hooks."""
-    assert igp.main([*command, "--method", "igp,dense"]) == 0
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    router, args = routing.load(tmp_path / "run/router.safetensors"), igp.parse(command)
+    path = tmp_path / "run/router.safetensors"
+    assert igp.main([*command, "--method", "dense"]) == 0
+    assert igp.main([*command, "--method", "igp", "--out", str(tmp_path / "other")]) == 0
+    router = routing.load(tmp_path / "other/router.safetensors")
+    router.z[:] = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()  # surely different
+    routing.save(router, path)
+    assert igp.main([*command, "--method", "igp"]) == 0
+    results, args = json.loads((tmp_path / "run/results.json").read_text()), igp.parse(command)
+    matrix = np.array(results["matrix"])
+    assert (matrix[:, 0] != matrix[:, 1]).all() and min(results["judging_texts"]) > 0
     texts = [x["text"] for x in hub.split(hub.calibration_texts(args.calibration, None))[2]]
     encoder = routing.open_encoder(hub.encoder_folder(), "cpu", torch.float32)
     mu, tokenizer = router.mu.numpy(), hub.load_tokenizer(hub.Path(args.model))

@@ -200,7 +200,9 @@ def test_truncated_file_missing_shard_and_path_outside_the_folder(checkpoint):
     with pytest.raises(ValueError, match=first.name):
         llm.load(folder, "cpu", torch.float32)
     first.write_bytes(whole)
-    for file in ("gone.safetensors", "../model.safetensors", "/etc/passwd"):
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes(whole)
+    for file in ("gone.safetensors", "../outside.safetensors", str(outside)):
         index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": file}}))
         with pytest.raises(ValueError, match=file):
             llm.load(folder, "cpu", torch.float32)
