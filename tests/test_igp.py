@@ -266,6 +266,14 @@ def test_same_seed_same_bits_and_a_cluster_alone_too(command, tmp_path, capsys):
     assert first != (tmp_path / "c/router.safetensors").read_bytes()
 
 
+def test_the_paper_preset_trains_each_mask_from_scratch(command, tmp_path, capsys):
+    assert igp.main([*command, "--preset", "paper", "--method", "igp", "--epochs", "2"]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["training"]["shared start"]["tokens"] == 0
+    assert results["training"]["igp"]["tokens"] > 2 * 8 * 2 * 4
+    assert results["rows"][0]["training_tokens"] == results["training"]["igp"]["tokens"]
+
+
 def test_a_finished_run_is_not_run_again(command, capsys, monkeypatch):
     assert igp.main(command) == 0
     before = capsys.readouterr().out

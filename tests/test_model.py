@@ -247,6 +247,38 @@ def test_whole_layers_cost_what_spec_says_and_skipping_is_really_free():
         llm.flops(LLAMA3_8B, 2048, None, "cheap")
 
 
+SCALED = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(("config", "parameters", "tera"), [
+    # model_type, d, L, h, h_kv, head_dim (None: not in the file), f, v, tied, rope_scaling
+    (("llama", 4096, 32, 32, 8, None, 14336, 128256, False, None), 8_030_261_248, 32.9381),
+    (("llama", 3072, 28, 24, 8, 128, 8192, 128256, True, SCALED), 3_212_749_824, 14.6018),
+    (("llama", 2048, 16, 32, 8, 64, 8192, 128256, True, SCALED), 1_235_814_400, 5.6114),
+    (("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False, None), 8_190_735_360, 33.4728),
+    (("qwen3", 2560, 36, 32, 8, 128, 9728, 151936, True, None), 4_022_468_096, 18.9491),
+    (("llama", 576, 30, 9, 3, None, 1536, 49152, True, None), 134_515_008, 0.8407),
+])
+def test_published_families_have_their_parameters_and_flops(tmp_path, config, parameters, tera):
+    """Sizes as the checkpoints' config.json print them; counts as their model cards do."""
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+            "tie_word_embeddings", "rope_scaling")
+    fields = dict(zip(keys, config, strict=True)) | {
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_theta": 500000.0,
+        "use_sliding_window": False, "sliding_window": None, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}
+    if fields["head_dim"] is None:
+        del fields["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    read = llm.read_config(tmp_path)
+    with torch.device("meta"):
+        model = llm.Transformer(read)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert llm.flops(read, 2048) / 1e12 == pytest.approx(tera, abs=6e-5)
+
+
 @pytest.mark.parametrize("z", [None, HARD])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_equal_torchs_own_count(checkpoint, tokens, family, z):
