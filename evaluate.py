@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model import Transformer
 
 BATCH_TOKENS = 4096  # tokens of one batch, padding included
-HEAD_ROWS = 256      # positions that go through the head at a time: (256, v) float32 at most
+HEAD_ROWS = 128      # positions that go through the head at a time: (128, v) float32 at most
 
 
 def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:

