@@ -3,7 +3,7 @@
 Source: the definitions of lm-evaluation-harness (acc, acc_norm, their standard errors), which
         Sec. 4.1 of IG-Pruning, arXiv:2511.02213, evaluates with.
 Left out: the paper's six tasks; the one task here, wiki_what, needs no download.
-Dims:   b batch, t tokens, d width, v vocabulary; B blocks; n requests.
+Dims:   b batch, t tokens, d width, v vocabulary; B blocks; n requests, or positions.
 """
 from dataclasses import dataclass
 
@@ -90,7 +90,8 @@ def choice_requests(question: Question, tokenizer: Tokenizer) -> list[tuple[list
     """(context ids, continuation ids) per choice, as lm-evaluation-harness cuts them.
 
     Context and " " + choice are encoded together and the context's own ids cut off in front, so
-    that tokens may merge across the boundary. BOS: the tokenizer's own habit.
+    that tokens may merge across the boundary.
+    Silent: BOS. The tokenizer's own habit, as the harness does today.
     """
     context = tokenizer.encode(question.context).ids
     whole = [tokenizer.encode(f"{question.context} {choice}").ids for choice in question.choices]

@@ -90,7 +90,7 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
     factor of --lr. generator: on the CPU, for u. Only z gets gradients, so that a step costs two
     forwards, not three. Returns log_alpha (B,) half-way and at the end.
     Raises ValueError when the loss is not finite, with the step.
-    Silent: one u per text; L_LM is the mean over tokens; Adam.
+    Silent: one u per text; L_LM is the mean over tokens; Adam with betas 0.9, 0.999, eps 1e-8.
     Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it.
     """
     log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
@@ -125,6 +125,7 @@ def choose(model: llm.Transformer, candidates: list[Tensor], n_skip: int, texts:
 
     Deviates: the paper hardens the last log_alpha. Gates are soft in training, so that which of
     two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
+    These forwards are not among a mask's training tokens, nor is their time among its seconds.
     """
     requests, losses = [(x[:1], x[1:]) for x in texts], {}
     for log_alpha in candidates:
@@ -313,9 +314,9 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
 def evaluate_method(run: Run, name: str, router: routing.Router | None) -> dict:
     """A method's row of the table, on the held-out texts; router None is the dense model.
 
-    Each text and each question runs under the z of its own cluster. A question is routed on its
-    context alone, a text on all of it, as in the paper.
-    Silent: a text's route has then seen what it predicts, at most log2 N bits of it.
+    Each text and each question runs under the z of its own cluster.
+    Silent: what is routed. A question on its context alone, so that its choices share one z; a
+    text on all of it, so that its route has seen what it predicts, at most log2 N bits of it.
     """
     model, config, masks = run.model, run.model.config, [None] if router is None else router.z
     N, training = len(masks), run.results["training"]
@@ -447,7 +448,7 @@ def pipeline(run: Run) -> str:
     if masked:                                                   # Stage 1: mask candidates
         with stage(run, "encoding"):
             texts = [x["text"] for x in run.train]
-            e = routing.encode(run.encoder, texts)  # Eq. 1
+            e = routing.encode(run.encoder, texts)               # Eq. 1
     for name in masked:
         with stage(run, "clustering"):
             N, generator = args.clusters if name == "igp" else 1, np.random.default_rng(args.seed)

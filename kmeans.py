@@ -40,7 +40,7 @@ def lloyd(e: np.ndarray, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]
     """Alternate the two halves of Eq. 2, labels for fixed mu and mu for fixed labels, until stable.
 
     e (M, d_e), mu (N, d_e) starts. Returns mu, labels (M,) and the inertia, the sum of Eq. 2.
-    A cluster without points is moved onto the point farthest from its centroid.
+    Silent: a cluster without points is moved onto the point farthest from its centroid.
     """
     N, labels = len(mu), None
     for _ in range(MAX_ITERATIONS):

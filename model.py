@@ -96,13 +96,15 @@ def _check_number(path: Path, key: str, value: object, kind: type) -> None:
 
 def _refuse(raw: dict, path: Path) -> None:
     """Whatever changes the forward and is not implemented, by name."""
+    layers = raw.get("layer_types")
+    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     implemented = {
         "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"),
         "partial_rotary_factor": (1,), "rope_interleaved": (False,), "hidden_act": ("silu",),
         "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (),
         "num_experts": (), "num_local_experts": (), "n_routed_experts": (),
         "sliding_window": (raw.get("sliding_window"),) * (raw.get("use_sliding_window") is False),
-        "layer_types": (raw.get("layer_types"),) * ("sliding" not in str(raw.get("layer_types"))),
+        "layer_types": (layers,) * full,
     }
     for key, values in implemented.items():
         value = raw.get(key)
@@ -115,7 +117,7 @@ def _refuse(raw: dict, path: Path) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; in float32 up to the weight."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -148,7 +150,7 @@ def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the rotate-half layout: pairs (j, j + d_h / 2). x (b, t, heads, d_h)."""
+    """RoPE in the rotate-half layout: pairs (j, j + d_h / 2). x (b, t, heads, d_h) -> float32."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 

@@ -48,6 +48,7 @@ def open_encoder(folder: str | Path, device: str, dtype: torch.dtype):
 def encode(encoder, texts: list[str]) -> np.ndarray:
     """Eq. 1: e = Encoder(x), (n, d_e) float32, with an encoder from `open_encoder`.
 
+    The encoder computes in its own dtype, which may be bf16; only the result is float32.
     Silent: all-MiniLM-L6-v2 reads the first 256 word pieces of a text, so that the paper's
     "Clustering Stage Sequence Length 4096" bounds only what it is handed.
     """

@@ -131,6 +131,7 @@ def test_head_dim_and_kv_heads_have_the_usual_defaults(checkpoint):
     ({"mlp_bias": True}, "mlp_bias"),
     ({"sliding_window": 64}, "sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+    ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"num_experts": 8}, "num_experts"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
