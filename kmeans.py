@@ -52,15 +52,15 @@ def lloyd(e: np.ndarray, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]
             size[k], labels[far], distance[far] = 1, k, 0
         if old is not None and np.array_equal(old, labels):
             break
-        sums = [e[labels == k].sum(0, dtype=np.float64) for k in range(N)]
-        mu = (np.stack(sums) / size[:, None]).astype(e.dtype)
+        member = (labels == np.arange(N)[:, None]).astype(e.dtype)  # (N, M) one-hot: sums by matmul
+        mu = member @ e / size[:, None].astype(e.dtype)
     return mu, labels, float(distance.sum(dtype=np.float64))
 
 
 def kmeans(e: np.ndarray, N: int, generator: np.random.Generator, restarts: int):
     """arg min over S of Eq. 2: the best of `restarts` runs of Lloyd's from k-means++ starts.
 
-    e (M, d_e) float32. Returns mu (N, d_e) float32, labels (M,) int64, inertia; sums in float64.
+    e (M, d_e) float32. Returns mu (N, d_e) float32, labels (M,) int64, inertia.
     Raises ValueError unless 1 <= N <= M and every coordinate is finite.
     Example: e = [[0], [1], [10], [11]], N = 2 -> mu {[0.5], [10.5]}, inertia 4 * 0.5^2 = 1.
     """

@@ -8,7 +8,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
 
 # Every axis has a size of its own, so that a swapped one cannot pass; 6 * 10 heads are not 48 wide.
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -25,6 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "embedded: needs the embedded default's files")
 
 

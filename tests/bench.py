@@ -1,0 +1,198 @@
+"""Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
+
+Run:  python tests/bench.py [forward training kmeans encoding] [--json FILE]
+Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
+      kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default.
+Ratio is the median of ours / peer over the interleaved pairs; spread is the range of the middle
+half of those ratios. Run nothing beside it.
+"""
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import hook_gates  # which also finds the modules below
+from torch.utils.flop_counter import FlopCounterMode
+
+import hub
+import igp
+import kmeans
+import model as llm
+import router as routing
+from hardconcrete import lagrangian, sample_u, sample_z
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+           "head_dim": 64, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+           "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
+b, w = 8, 96  # sequences and tokens of a forward and of a training step
+REPEATS = 15
+
+
+def paired(ours, peer, repeats: int = REPEATS) -> tuple[float, float, float, float]:
+    """Median seconds of ours and peer, median and spread of ours / peer; pairs, order swapped."""
+    seconds = []
+    for i in range(repeats + 2):
+        pair = {}
+        for name, run in (("ours", ours), ("peer", peer))[::1 if i % 2 else -1]:
+            start = time.perf_counter()
+            run()
+            pair[name] = time.perf_counter() - start
+        seconds.append((pair["ours"], pair["peer"]))
+    seconds = np.array(seconds[2:])                               # the first two warm up
+    ratio = seconds[:, 0] / seconds[:, 1]
+    low, high = np.quantile(ratio, (0.25, 0.75))
+    return *np.median(seconds, axis=0), float(np.median(ratio)), float(high - low)
+
+
+def row(name: str, unit: str, goal: float, measured: tuple, better: str = "less") -> dict:
+    """One line of the table and of --json; measured is (ours, peer) or what `paired` returns."""
+    ours, peer, ratio, spread = measured if len(measured) == 4 else (
+        *measured, measured[0] / measured[1], 0.0)
+    return {"name": name, "ours": float(ours), "peer": float(peer), "unit": unit,
+            "ratio": float(ratio), "spread": float(spread), "goal": goal, "better": better}
+
+
+def both_models(dtype: torch.dtype):
+    """(ours, transformers' with sdpa), of SmolLM2's shape, with the same random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(**SMOLLM2, tie_word_embeddings=True,
+                                             attn_implementation="sdpa")).to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        ours = llm.load(folder, "cpu", dtype)
+    return ours, reference.eval().requires_grad_(False)
+
+
+def both_steps(ours: llm.Transformer, reference, generator: torch.Generator):
+    """A training step of igp.train_mask, and the same on transformers with hooks, full logits."""
+    args = argparse.Namespace(lr=0.1, lr_lambda=0.1, gate="paper", sparsity=0.25)
+    mask, texts = igp.new_mask(60, args, "bench"), torch.randint(20, 49152, (b, w))
+    peer, gates = igp.new_mask(60, args, "peer"), torch.ones(b, 60, dtype=ours.head_weight.dtype)
+    hook_gates(reference, gates)  # reads `gates` at every call
+
+    def step():
+        igp.train_mask(ours, mask, [(texts.tolist(), 1.0)], args, generator)
+
+    def peer_step():
+        z = sample_z(peer["log_alpha"], sample_u((b, 60), generator), "paper")
+        L_s = lagrangian(1 - z.mean(), args.sparsity, *peer["lambdas"])
+        gates.detach_().copy_(z)  # in the graph, so that the hooks' gradients reach z
+        logits = reference(texts, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
+        peer["adam"].zero_grad()
+        (loss + L_s).backward()
+        peer["adam"].step()
+
+    return step, peer_step
+
+
+def forward(dtype: torch.dtype):
+    """Logits of all positions, dense."""
+    ours, reference = both_models(dtype)
+    tokens = torch.randint(20, 49152, (b, w))
+
+    @torch.inference_mode()
+    def run():
+        ours.head(ours(tokens))
+
+    @torch.inference_mode()
+    def peer():
+        reference(tokens, use_cache=False)
+
+    yield row(f"forward {b} x {w}", "s", 1.05, paired(run, peer))
+
+
+def training(dtype: torch.dtype):
+    """A mask training step: time, share of the machine's matmul rate, memory of its tensors."""
+    ours, reference = both_models(dtype)
+    step, peer = both_steps(ours, reference, torch.Generator().manual_seed(0))
+    yield row(f"training step {b} x {w}", "s", 0.95, paired(step, peer))
+    yield row("training, peak of its tensors", "MiB", 0.6,
+              (peak_bytes(step) / 2**20, peak_bytes(peer) / 2**20))
+
+    x = torch.ones(4096, 4096, dtype=dtype)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    flops = np.array([counted.get_total_flops(), 2 * len(x) ** 3])
+    step_s, matmul_s, ratio, spread = paired(step, lambda: x @ x)
+    share = flops[0] / flops[1] / ratio
+    yield row("training, of the matmul rate", "GFLOP/s", 0.6,
+              (*flops / (step_s, matmul_s) / 1e9, share, share * spread / ratio), "more")
+
+
+def peak_bytes(step) -> int:
+    """Most bytes that the tensors made by a step hold at once (weights not counted)."""
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return int(np.cumsum([e.nbytes() for e in events]).max())
+
+
+def clustering(_):
+    """Lloyd's from the same starts, M = 20,000, d_e = 384, N = 16, on blobs of unit length."""
+    from sklearn.cluster import KMeans
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 384))
+    e = centres[rng.integers(40, size=20_000)] + 1.5 * rng.normal(size=(20_000, 384))
+    e = (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32)
+    mu = kmeans.plus_plus(e, 16, rng)
+    peer = KMeans(16, init=mu, n_init=1, algorithm="lloyd", tol=0, max_iter=300)
+    times = paired(lambda: kmeans.lloyd(e, mu), lambda: peer.fit(e))
+    yield row("kmeans, inertia", "sum", 1.001, (kmeans.lloyd(e, mu)[2], peer.inertia_))
+    yield row("kmeans, time", "s", 1.5, times)
+
+
+def encoding(dtype: torch.dtype):
+    """Eq. 1 in the run's dtype against float32, and how many nearest centroids it changes."""
+    folder = hub.encoder_folder()
+    texts = [x["text"] for x in hub.calibration_texts("wikipedia", None)[:1000]]
+    encoders = [routing.open_encoder(folder, "cpu", kind) for kind in (dtype, torch.float32)]
+    runs = [lambda encoder=encoder: routing.encode(encoder, texts[:250]) for encoder in encoders]
+    yield row(f"encoding in {dtype}, of float32", "s", 1.0, paired(*runs, repeats=5))
+    fast, exact = (routing.encode(encoder, texts) for encoder in encoders)
+    for N in (4, 16):
+        mu, labels, _ = kmeans.kmeans(exact, N, np.random.default_rng(0), igp.RESTARTS)
+        changed = (kmeans.nearest(fast, mu)[0] != labels).sum()
+        yield row(f"encoding, changed centroids of N = {N}", "texts", 0.01, (changed, len(texts)))
+
+
+PARTS = {"forward": forward, "training": training, "kmeans": clustering, "encoding": encoding}
+
+
+def main() -> int:
+    """Prints a Markdown table; returns 1 if a goal is missed."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    p.add_argument("--json", type=Path, help="one object a line into this file")
+    args = p.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        p.error(f"{', '.join(sorted(unknown))}: expected of {', '.join(PARTS)}")
+    dtype, missed, lines = getattr(torch, igp.best_dtype("cpu")), 0, []
+    print(f"{dtype}, {torch.get_num_threads()} threads\n", flush=True)
+    print("| what | ours | peer | unit | ratio | spread | goal |\n" + "| --- " * 7 + "|")
+    for part in args.parts or PARTS:
+        for line in PARTS[part](dtype):
+            sign = "<=" if line["better"] == "less" else ">="
+            met = line["ratio"] <= line["goal"] if sign == "<=" else line["ratio"] >= line["goal"]
+            missed += not met
+            print(f"| {line['name']} | {line['ours']:.4g} | {line['peer']:.4g} | {line['unit']} | "
+                  f"{line['ratio']:.3f} | {line['spread']:.3f} | {sign} {line['goal']}"
+                  f"{'' if met else ', missed'} |", flush=True)
+            lines.append(json.dumps(line) + "\n")
+            if args.json:
+                args.json.write_text("".join(lines))
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
