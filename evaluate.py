@@ -167,8 +167,8 @@ def picture(z: Tensor) -> str:
                      for name, row in (("A", z[0::2]), ("F", z[1::2])))
 
 
-def report(results: dict, z: Tensor | None) -> str:
-    """results.json as Markdown: methods, N x N matrix, masks, seconds. z (N, B) bool, or None."""
+def report(results: dict) -> str:
+    """results.json as Markdown: methods, N x N matrix, clusters with their masks, seconds."""
     first, rows = results["rows"][0]["tasks"], []
     tasks = [task for task in first if all(task in row["tasks"] for row in results["rows"])]
     for row in results["rows"]:
@@ -183,14 +183,40 @@ def report(results: dict, z: Tensor | None) -> str:
             *(f"{task} (n={first[task]['n']})" for task in tasks), "training tokens", "seconds"]
     parts = [markdown(head, rows)]
     if results["matrix"]:
-        parts.append(matrix_report(results["matrix"], results["judging_texts"]))
-    if z is not None:
-        parts.append("Masks, a cluster a row, layers from left to right (█ kept, · skipped):")
-        parts.append("\n".join(f"    {k:2}  {picture(row)}  {size} texts" for k, (row, size)
-                               in enumerate(zip(z, results["cluster_sizes"], strict=True))))
+        parts.append(cluster_report(results["clusters_found"], results["masks"]))
+        sizes = [mask["judging_texts"] for mask in results["masks"]]
+        parts.append(matrix_report(results["matrix"], sizes))
     spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items())
     parts.append(f"Seconds: {spent}; in all {sum(results['seconds'].values()):.0f}. Peak memory "
                  f"{results['peak_memory_bytes'] / 2**30:.1f} GiB.")
+    return "\n\n".join(parts)
+
+
+def cluster_report(found: list[dict], masks: list[dict]) -> str:
+    """A line a cluster: what it holds, its mask, and what that costs; parts of results.json.
+
+    found: empty with a router from elsewhere. Purity is the share of a cluster's commonest topic
+    among its texts that have one. FLOPs are those of all judging texts under the one mask.
+    """
+    rows = []
+    for k, mask in enumerate(masks):
+        of, z, purity = found[k] if found else {}, torch.tensor(mask["z"]), "-"
+        if of.get("topic"):
+            purity = f"{of['of_topic'] / of['with_topic']:.0%} {of['topic']}"
+        nearest = "; ".join(of.get("nearest", "-")).replace("|", "/")
+        rows.append([k, of.get("texts", "-"), purity, nearest, int((z[0::2] == 0).sum()),
+                     int((z[1::2] == 0).sum()), f"{mask['flops_ratio']:.1%}",
+                     f"{mask['flops_ratio_with_router']:.1%}"])
+    head = ["cluster", "texts", "purity", "nearest to the centroid", "skipped attention",
+            "skipped FFN", "FLOPs", "FLOPs + router"]
+    parts = [markdown(head, rows)]
+    hits, labelled = (sum(x[key] for x in found) for key in ("of_topic", "with_topic"))
+    if labelled:
+        parts.append(f"{hits / labelled:.0%} of the {labelled} texts with a topic have their "
+                     "cluster's commonest one.")
+    parts.append("Masks, a cluster a row, layers from left to right (█ kept, · skipped):")
+    parts.append("\n".join(f"    {k:2}  {picture(torch.tensor(mask['z']))}"
+                           for k, mask in enumerate(masks)))
     return "\n\n".join(parts)
 
 

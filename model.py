@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError, naming the file, if there is none in it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -308,23 +308,26 @@ def _shapes(path: Path) -> dict[str, tuple]:
         raise ValueError(f"{path} cannot be read ({e}); download it again") from None
 
 
-def load(folder: str | Path, device: str, dtype: torch.dtype) -> Transformer:
-    """The frozen Transformer of a checkpoint folder, each tensor read onto `device` in `dtype`.
+def check_weights(folder: str | Path) -> Transformer:
+    """The Transformer of config.json on the "meta" device, without memory, if the weights fit it.
 
-    Names, shapes and dtypes are checked from the headers before a weight is read. A tied model's
-    duplicate lm_head and the rotary_emb.inv_freq of old checkpoints are left aside.
+    Names, shapes and dtypes are read from the headers; no weight is. A tied model's duplicate
+    lm_head and the rotary_emb.inv_freq of old checkpoints are left aside.
     Raises ValueError for missing, unexpected, misshaped or quantised tensors; names at most five.
     """
     folder = Path(folder)
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(read_config(folder))
+    config, files = read_config(folder), _weight_files(folder)
+    L = sum(name.endswith(".input_layernorm.weight") for name in files)
+    if L < config.num_hidden_layers:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is "
+                         f"{config.num_hidden_layers}, but the weights are those of {L} layers")
+    with torch.device("meta"):
+        model = Transformer(config)
     wanted = {name: list(p.shape) for name, p in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
-    files = {name: path for name, path in _weight_files(folder).items()
-             if not (tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))}
-    paths = sorted(set(files.values()))
-    held = {path: _shapes(path) for path in paths}
-    wrong = [f"unexpected {name}" for name in files if name not in wanted]
+    held = {path: _shapes(path) for path in set(files.values())}
+    tied = config.tie_word_embeddings
+    wrong = [f"unexpected {name}" for name in files if name not in wanted
+             and not (tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))]
     for name, shape in wanted.items():
         found, kind = held.get(files.get(name), {}).get(name, (None, None))
         if found is None:
@@ -337,8 +340,17 @@ def load(folder: str | Path, device: str, dtype: torch.dtype) -> Transformer:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the weights in {folder} do not fit its config.json: "
                          f"{'; '.join(wrong[:5])}{more}")
-    tensors = {}
-    for path in paths:
+    return model
+
+
+def load(folder: str | Path, device: str, dtype: torch.dtype) -> Transformer:
+    """The frozen Transformer of a checkpoint folder, each tensor read onto `device` in `dtype`.
+
+    Raises ValueError as `check_weights` does, before a weight is read.
+    """
+    model, files, tensors = check_weights(folder), _weight_files(Path(folder)), {}
+    wanted = [name for name, _ in model.named_parameters()]
+    for path in sorted(set(files.values())):
         with safe_open(path, framework="pt", device=str(device)) as f:
             mine = [name for name in wanted if files[name] == path]
             tensors |= {name: f.get_tensor(name).to(dtype) for name in mine}

@@ -4,11 +4,12 @@ Source: Eq. 1, 9 and 10 of IG-Pruning, arXiv:2511.02213.
 Left out: clustering (kmeans.py) and mask training (igp.py). The encoder is run by
         sentence-transformers; it is not part of the method.
 Dims:   n texts, N clusters, d_e embedding width, B blocks. z = 1 keeps a block, 0 skips it.
+Run:    python router.py TEXT    (only this demonstration imports more than kmeans)
 """
+import argparse
 import json
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def open_encoder(folder: str | Path, device: str, dtype: torch.dtype):
     from sentence_transformers import SentenceTransformer  # only when needed: it takes seconds
     from transformers.utils import logging
     logging.disable_progress_bar()                                # of reading the weights
-    return SentenceTransformer(str(folder), device=device, local_files_only=True,
-                               model_kwargs={"dtype": dtype})
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True,
+                                   model_kwargs={"dtype": dtype})
+    except Exception as e:  # of four libraries, of any kind
+        raise ValueError(f"the sentence encoder in {folder} cannot be opened ({e}); delete the "
+                         "folder, and it is fetched again") from e
 
 
 def encode(encoder, texts: list[str]) -> np.ndarray:
@@ -102,14 +107,67 @@ def load(path: str | Path) -> Router:
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """The file appears whole or not at all: temporary file, fsync, rename."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
-        try:
+    """The file appears whole or not at all: temporary file, fsync, rename.
+
+    Raises ValueError where that fails (a full disk); the old file is then still there.
+    """
+    part = Path(f"{path}.part")                                   # of a killed run, perhaps
+    try:
+        with open(part, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written ({e.strerror}); mend that and run the same "
+                         "command again: it goes on") from None
+
+
+def made_now() -> tuple[Router, list[str]]:
+    """4 clusters of 200 Wikipedia leads, with masks that skip nothing; and what is near each mu."""
+    import hub
+    from kmeans import closest, kmeans
+    leads = hub.calibration_texts("wikipedia", None)
+    leads = [leads[i] for i in np.random.default_rng(0).permutation(len(leads))[:200]]
+    e = encode(open_encoder(hub.encoder_folder(), "cpu", torch.float32), [x["text"] for x in leads])
+    mu, _, _ = kmeans(e, 4, np.random.default_rng(0), 10)
+    titles = [", ".join(leads[i]["title"] for i in near) for near in closest(e, mu, 3)]
+    z = torch.ones(4, 60, dtype=torch.bool)                       # SmolLM2 has 60 blocks
+    return Router(torch.from_numpy(mu), z, torch.full(z.shape, torch.nan), {}), titles
+
+
+def main() -> None:
+    """Routes a text: its distance to each centroid, and the mask of the nearest."""
+    import evaluate
+    import hub
+    p = argparse.ArgumentParser(description=main.__doc__)
+    p.add_argument("text", metavar="TEXT")
+    p.add_argument("--router", help="router.safetensors of a run; the default run's if not given")
+    args = p.parse_args()
+    if not args.text.strip():
+        raise ValueError("TEXT is empty; give the text to route")
+    path = Path(args.router or f"runs/{hub.EMBEDDED}-0.25-demo/router.safetensors")
+    if path.exists() or args.router:
+        router, results = load(path), path.parent / "results.json"
+        found = json.loads(results.read_text())["clusters_found"] if results.exists() else []
+        nearest_texts = [", ".join(x["nearest"]) for x in found] or ["?"] * len(router.mu)
+    else:
+        print(f"There is no {path} (`python igp.py` makes it): 200 leads are clustered instead, "
+              "and no block is skipped.\n")
+        router, nearest_texts = made_now()
+    encoder = open_encoder(hub.encoder_folder(), "cpu", torch.float32)
+    e = encode(encoder, [args.text])                              # Eq. 1
+    k = int(route(router, e)[0])                                  # Eq. 9
+    squares = ((torch.from_numpy(e) - router.mu) ** 2).sum(1)
+    print("   k  |e - c_k|^2  nearest to c_k")
+    for i, (square, texts) in enumerate(zip(squares, nearest_texts, strict=True)):
+        print(f"{'->' if i == k else '  '}{i:2} {square:12.4f}  {texts}")
+    z = router.z[k]                                               # Eq. 10
+    print(f"\nM^x skips {(~z[0::2]).sum()} attention and {(~z[1::2]).sum()} FFN blocks "
+          f"of {len(z)}:\n{evaluate.picture(z)}")
+
+
+if __name__ == "__main__":
+    import hub
+    sys.exit(hub.guarded("router.py", main))

@@ -1,6 +1,9 @@
 """igp.py: the training step against autograd and torch's FLOP counter, and the whole pipeline."""
 import argparse
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -217,21 +220,24 @@ def test_pipeline_end_to_end(command, tmp_path, capsys, monkeypatch):
     for text in ("| dense |", "| igp |", "wiki_what (n=9)", "| cluster (texts) |", "  A ", "  F ",
                  "texts", "Seconds: encoding"):
         assert text in out
-    assert all(stage in err for stage in ("encoding:", "masks of static:", "evaluation of igp:"))
+    assert all(stage in err for stage in ("encoding:", "masks of static:", "texts of igp:"))
 
 
-def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys):
+def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys,
+                                                             monkeypatch):
     """IG-Pruning's perplexity, recomputed a text at a time with transformers and hooks."""
-    path = tmp_path / "run/router.safetensors"
-    assert igp.main([*command, "--method", "dense"]) == 0
-    assert igp.main([*command, "--method", "igp", "--out", str(tmp_path / "other")]) == 0
-    router = routing.load(tmp_path / "other/router.safetensors")
+    path = tmp_path / "other/router.safetensors"
+    assert igp.main([*command, "--method", "igp", "--out", str(path.parent)]) == 0
+    router = routing.load(path)
     router.z[:] = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()  # surely different
     routing.save(router, path)
-    assert igp.main([*command, "--method", "igp"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(igp, "train_mask", None)
+        assert igp.main([*command, "--router", str(path)]) == 0  # dense and igp, nothing trained
     results, args = json.loads((tmp_path / "run/results.json").read_text()), igp.parse(command)
     matrix = np.array(results["matrix"])
-    assert (matrix[:, 0] != matrix[:, 1]).all() and min(results["judging_texts"]) > 0
+    assert (matrix[:, 0] != matrix[:, 1]).all()
+    assert min(mask["judging_texts"] for mask in results["masks"]) > 0
     texts = [x["text"] for x in hub.split(hub.calibration_texts(args.calibration, None))[2]]
     encoder = routing.open_encoder(hub.encoder_folder(), "cpu", torch.float32)
     mu, tokenizer = router.mu.numpy(), hub.load_tokenizer(hub.Path(args.model))
@@ -269,16 +275,17 @@ def test_same_seed_same_bits_and_a_cluster_alone_too(command, tmp_path, capsys):
 def test_the_paper_preset_trains_each_mask_from_scratch(command, tmp_path, capsys):
     assert igp.main([*command, "--preset", "paper", "--method", "igp", "--epochs", "2"]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["training"]["shared start"]["tokens"] == 0
-    assert results["training"]["igp"]["tokens"] > 2 * 8 * 2 * 4
-    assert results["rows"][0]["training_tokens"] == results["training"]["igp"]["tokens"]
+    tokens = {name: x["tokens"] for name, x in results["training"].items()}
+    assert tokens.pop("shared start") == 0 and list(tokens) == ["igp, mask 0", "igp, mask 1"]
+    assert results["rows"][0]["training_tokens"] == sum(tokens.values()) > 2 * 8 * 2 * 4
 
 
 def test_a_finished_run_is_not_run_again(command, capsys, monkeypatch):
     assert igp.main(command) == 0
     before = capsys.readouterr().out
     monkeypatch.setattr(igp, "train_mask", None)
-    monkeypatch.setattr(igp, "evaluate_method", None)
+    monkeypatch.setattr(igp, "judge", None)
+    monkeypatch.setattr(igp, "ask", None)
     assert igp.main(command) == 0
     assert capsys.readouterr().out.split("Seconds")[0] == before.split("Seconds")[0]
 
@@ -293,7 +300,7 @@ def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
         ("dense", 5), ("static", 5)]
     assert igp.main([*command, "--method", "igp"]) == 0  # without the task
     out = capsys.readouterr().out
-    assert "| igp |" in out and "wiki_what" not in out  # a column only where all rows have it
+    assert "| igp |" in out and "wiki_what (n" not in out  # a column only where all rows have it
 
 
 @pytest.mark.parametrize(("change", "named"), [
@@ -302,7 +309,7 @@ def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
     (["--sparsity", "0.01"], "--sparsity 0.01 skips 0 of 6 blocks"),
     (["--sparsity", "0.99"], "skips 6 of 6 blocks"),
     (["--clusters", "49"], "--clusters 49 is more than the 48 texts"),
-    (["--out", "/proc/none"], "/proc/none"),
+    (["--out", "/proc/none"], "/proc/none"), (["--calibration", "."], "is no file"),
 ])
 def test_what_a_user_can_mend_is_one_line_and_status_2(command, capsys, change, named):
     assert igp.main([*command, *change]) == 2
@@ -311,15 +318,17 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(command, capsys, change, 
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (["--method", "dense,slab"], "slab"), (["--method", ""], "--method"),
-    (["--tasks", "arc"], "arc"),
+    (["--method", "dense,statik"], "--method statik is unknown; nearest: static"),
+    (["--method", ""], "--method"), (["--tasks", "wiki_waht"], "nearest: wiki_what"),
+    (["--router", "x", "--method", "static"], "--router trains nothing"),
+    (["--device", "tpu"], "--device tpu is not here"), (["--device", "cpu:x"], "--device cpu:x"),
     (["--sparsity", "0"], "use --method dense"), (["--sparsity", "1"], "between 0 and 1"),
     (["--sparsity", "nan"], "between 0 and 1"), (["--clusters", "0"], "--clusters 0"),
     (["--lr", "nan"], "--lr nan"), (["--length", "1"], "--length 1"), (["--gate", "x"], "--gate"),
     (["--device", "cuda"], "--device cuda"),
 ])
 def test_arguments_that_make_no_sense_are_refused_at_once(capsys, change, named, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as caught:
         igp.main(change)
     assert caught.value.code == 2 and named in capsys.readouterr().err
@@ -329,9 +338,154 @@ def test_another_runs_folder_and_another_models_tokenizer_are_refused(command, t
     assert igp.main([*command, "--method", "dense"]) == 0
     assert igp.main([*command, "--method", "dense", "--lr", "0.7"]) == 2
     assert "holds a run with lr=0.2, not 0.7; choose another --out" in capsys.readouterr().err
-    edit_json(tmp_path / "qwen3-False-True/config.json", vocab_size=50)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"more{i}" for i in range(20)])
+    tokenizer.save(str(tmp_path / "qwen3-False-True/tokenizer.json"))
     assert igp.main([*command, "--out", str(tmp_path / "other")]) == 2
-    assert "has ids up to 81, but vocab_size is 50" in capsys.readouterr().err
+    assert "has ids up to 101, but vocab_size is 97" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()                 # a refusal leaves nothing behind
+
+
+def refused(argv, capsys):
+    """The one line of a refusal."""
+    capsys.readouterr()
+    assert igp.main(argv) == 2
+    err = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
+    assert len(err) == 1
+    return err[0]
+
+
+def test_a_router_of_another_model_or_run_is_refused(command, tmp_path, capsys):
+    assert igp.main([*command, "--method", "igp"]) == 0
+    path, other = tmp_path / "run/router.safetensors", [*command, "--out", str(tmp_path / "other")]
+    router = routing.load(path)
+    (tmp_path / "copy").mkdir()
+    for change in ({"z": torch.ones(2, 8).bool(), "log_alpha": torch.ones(2, 8)},
+                   {"identity": router.identity | {"model": "qwen3-8b"}}):
+        routing.save(dataclasses.replace(router, **change), tmp_path / "copy/r.safetensors")
+        line = refused([*other, "--router", str(tmp_path / "copy/r.safetensors")], capsys)
+        assert "was made for" in line and "give the --model" in line
+    wide = dataclasses.replace(router, mu=torch.ones(2, 99))
+    routing.save(wide, tmp_path / "copy/r.safetensors")
+    line = refused([*other, "--router", str(tmp_path / "copy/r.safetensors")], capsys)
+    assert "embeddings are 24 wide, centroids 99" in line
+    assert "no readable router" in refused([*other, "--router", "gone.safetensors"], capsys)
+    (tmp_path / "run/results.json").unlink()                 # the masks alone are left
+    for change in ({"identity": router.identity | {"seed": 9}}, {"mu": router.mu + 0.1},
+                   {"z": ~router.z}):
+        routing.save(dataclasses.replace(router, **change), path)
+        line = refused([*command, "--method", "igp"], capsys)
+        assert "is a router of another model or run" in line
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:100], lambda text: "[]", lambda text: "{}", lambda text: "[" * 10**5,
+    lambda text: text.replace('"ppl": ', '"ppl": 1'), lambda text: text.replace('"name"', '"nam"')])
+def test_damaged_results_are_refused(command, tmp_path, capsys, damage):
+    assert igp.main([*command, "--method", "dense"]) == 0
+    path = tmp_path / "run/results.json"
+    path.write_text(damage(path.read_text()))
+    assert "results.json is not as this program wrote it" in refused(command, capsys)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(command, tmp_path, capsys):
+    with hub.locked(tmp_path / "run", wait=False):
+        assert "another process is at work" in refused(command, capsys)
+    assert igp.main([*command, "--method", "dense"]) == 0
+
+
+def test_a_killed_run_goes_on_mask_by_mask_and_task_by_task(command, tmp_path, capsys, monkeypatch):
+    """Stopped between any two writes, the same command ends with the same bits and counts."""
+    command += ["--tasks", "wiki_what", "--limit", "9"]
+    whole, write, count = [*command, "--out", str(tmp_path / "whole")], routing.write, 0
+
+    def bits(folder):
+        results = json.loads((folder / "results.json").read_text())
+        timed = ("seconds", "sha256", "peak_memory_bytes", "training_tokens_per_second", "training")
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in results["rows"]]
+        return ([(folder / f"{name}.safetensors").read_bytes() for name in ("router", "static")],
+                {k: v for k, v in results.items() if k not in (*timed, "arguments")}, rows)
+
+    assert igp.main(whole) == 0
+    wanted, name = bits(tmp_path / "whole"), "run"
+    wanted[1]["rows"] = None
+
+    def stops(path, data):
+        nonlocal count
+        count -= 1
+        if not count:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(routing, "write", stops)
+    for stop in range(1, 30):
+        name, count = f"run{stop}", stop
+        argv = [*command, "--out", str(tmp_path / name)]
+        code = igp.main(argv)
+        if code == 0:
+            break
+        assert code == 130 and "the same command goes on" in capsys.readouterr().err
+        assert igp.main(argv) == 0
+        found = bits(tmp_path / name)
+        found[1]["rows"] = None
+        assert found == wanted, stop
+    assert 12 < stop < 29  # so many writes: stages, masks, tasks
+
+
+def test_a_loss_that_is_not_finite_keeps_the_finished_clusters(command, tmp_path, capsys,
+                                                               monkeypatch):
+    train = igp.train_mask
+
+    def fails(model, mask, *more):
+        if mask["name"] == "igp, mask 1":
+            model.model.norm.weight.fill_(torch.inf)
+        return train(model, mask, *more)
+
+    monkeypatch.setattr(igp, "train_mask", fails)
+    line = refused([*command, "--method", "igp"], capsys)
+    assert "igp, mask 1: loss nan" in line and "at step 0; try a lower --lr" in line
+    held = routing.load(tmp_path / "run/router.safetensors").log_alpha
+    assert held[0].isfinite().all() and held[1].isnan().all()
+
+
+def test_a_model_without_finite_scores_is_refused(command, capsys, monkeypatch):
+    load = llm.load
+
+    def broken(*more):
+        model = load(*more)
+        model.model.norm.weight.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(llm, "load", broken)
+    assert "dense: log-likelihoods" in refused([*command, "--method", "dense"], capsys)
+
+
+def test_a_full_disk_and_no_memory_are_one_line(command, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = refused([*command, "--method", "dense"], capsys)
+        assert "results.json cannot be written (No space left on device)" in line
+    assert igp.main([*command, "--method", "dense"]) == 0    # and goes on
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        def greedy(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(igp, "train_mask", greedy)
+            line = refused([*command, "--method", "static"], capsys)
+            assert "out of memory: try a smaller --batch-size" in line
+    monkeypatch.setattr(igp, "train_mask", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                   # our own mistakes show where
+        igp.main([*command, "--method", "static"])
+
+
+def test_development_mode_shows_the_traceback(command):
+    done = subprocess.run([sys.executable, "-X", "dev", "-W", "ignore", ROOT / "igp.py",
+                           "--model", "gone"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "gone" in done.stderr
 
 
 def test_help_shows_the_values_of_the_preset():

@@ -84,11 +84,16 @@ def test_files_that_are_no_router_are_named(tmp_path, change):
         routing.load(tmp_path / "gone")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     routing.write(path, b"old")
-    with pytest.raises(TypeError):
-        routing.write(path, "not bytes")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(routing.os, "fsync", full)
+    with pytest.raises(ValueError, match="file cannot be written .No space left on device"):
+        routing.write(path, b"new")
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
