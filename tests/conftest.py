@@ -3,6 +3,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,14 +98,13 @@ def make_tokenizer(bos: bool = False):
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """The folder of a tiny random sentence encoder: BERT, mean pooling, normalisation."""
+def make_encoder(folder):
+    """A tiny random sentence encoder: BERT, mean pooling, normalisation; returns its folder."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
     from sentence_transformers.sentence_transformer.modules import Transformer as Backbone
     from transformers import BertConfig, BertModel, BertTokenizerFast
-    folder = tmp_path_factory.mktemp("encoder")
+    folder.mkdir(exist_ok=True)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab))
     torch.manual_seed(0)
@@ -120,3 +120,30 @@ def encoder(tmp_path_factory):
     modules = [backbone, Pooling(24), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder / "st"))
     return folder / "st"
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def make_home(root):
+    """root/cache, a stand-in for ~/.cache/ig-pruning with tiny models; root/model; root/texts.jsonl
+
+    The model is in two shards, with an index. The leads have titles, descriptions and topics.
+    """
+    cache, rng = root / "cache", np.random.default_rng(0)
+    cache.mkdir(parents=True)
+    make_encoder(root / "encoder").rename(cache / "all-MiniLM-L6-v2")
+    for folder in (root / "model", cache / "SmolLM2-135M-Instruct"):
+        make_reference("llama").save_pretrained(folder, max_shard_size="60KB")
+        make_tokenizer().save(str(folder / "tokenizer.json"))
+    leads = {}
+    for i in range(300):
+        words = rng.choice(WORDS[i % 2 * 40:i % 2 * 40 + 40], size=rng.integers(6, 30))
+        leads[str(i)] = {"title": f"T{i}", "description": f"w{i % 80} w{i % 7}",
+                         "topic": "AB"[i % 2], "extract": " ".join(words)}
+    (cache / "summaries_en-us.json").write_text(json.dumps(leads))
+    texts = [json.dumps({"text": lead["extract"]}) for lead in leads.values()]
+    (root / "texts.jsonl").write_text("\n".join(texts[:60]) + "\n")
+    return cache
