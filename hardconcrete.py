@@ -92,7 +92,7 @@ def block_outputs(texts: list[str]) -> Tensor:
     model, tokenizer = llm.load(folder, "cpu", torch.float32), hub.load_tokenizer(folder)
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
-            block.register_forward_hook(lambda _module, _input, y: outputs.append(y[0, 1:].flatten()))
+            block.register_forward_hook(lambda _m, _x, y: outputs.append(y[0, 1:].flatten()))
     with torch.no_grad():
         for text in texts:
             model(torch.tensor([tokenizer.encode(text).ids[:64]]))
@@ -114,7 +114,8 @@ def main() -> None:
         for value in (-4.0, -2.0, 0.0, 2.0, 4.0):
             z = sample_z(torch.tensor(value), sample_u((100_000,), generator), gate)
             print(f"{gate:8} {value:9} {prob_zero(torch.tensor(value), gate):9.4f} "
-                  f"{(z == 0).float().mean():17.4f} {(z == 1).float().mean():9.4f} {z.mean():10.4f}")
+                  f"{(z == 0).float().mean():17.4f} {(z == 1).float().mean():9.4f} "
+                  f"{z.mean():10.4f}")
     y = block_outputs([x["text"] for x in hub.calibration_texts("wikipedia", None)[:16]])
     G, B = y @ y.T / y.sum(0).square().sum(), len(y)              # (B, B)
 
@@ -135,11 +136,12 @@ def main() -> None:
             print(f"{step:4} {missing(z):8.4f} {t:6.3f} {(z == 0).sum():7} "
                   f"{lambdas[0]:9.3f} {lambdas[1]:9.3f}")
     n_skip = blocks_to_skip(s_target, B)
-    small, random = harden(G.diagonal(), n_skip), torch.rand((1000, B), generator=generator)
-    print(f"\nhardened: {evaluate.picture(harden(log_alpha.detach(), n_skip))}\n"
-          f"missing by these gates {missing(harden(log_alpha.detach(), n_skip).float()):.4f}, by the "
-          f"{n_skip} smallest outputs {missing(small.float()):.4f}, by the best of 1,000 random "
-          f"masks {min(missing(harden(x, n_skip).float()) for x in random):.4f}")
+    gates, smallest = harden(log_alpha.detach(), n_skip), harden(G.diagonal(), n_skip)
+    random = [harden(torch.rand(B, generator=generator), n_skip) for _ in range(1000)]
+    print(f"\nhardened: {evaluate.picture(gates)}\nmissing without the {n_skip} blocks of these "
+          f"gates {missing(gates.float()):.4f}, of the smallest outputs "
+          f"{missing(smallest.float()):.4f}, of the best of 1,000 random masks "
+          f"{min(missing(z.float()) for z in random):.4f}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ HUB_MODELS = {
     "qwen3-4b": "Qwen/Qwen3-4B",
 }
 HUB_TEXTS = {  # name -> path, configuration; always split "train"
+    # The paper calls it synthetic; it is filtered web text.
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "alpaca": ("tatsu-lab/alpaca", "default"),

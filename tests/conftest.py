@@ -123,6 +123,14 @@ def make_encoder(folder):
 
 
 @pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The folder of `make_home`, to be left as it is."""
+    root = tmp_path_factory.mktemp("home")
+    make_home(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     return make_encoder(tmp_path_factory.mktemp("encoder"))
 

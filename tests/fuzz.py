@@ -37,8 +37,8 @@ import igp
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
-JUNK = (None, True, False, 0, -1, 1, 2, 7, 0.5, 1e-320, 1e308, 10**12, float("nan"), "", "x", "llama",
-        "../../x", [], [1], {}, {"rope_type": "yarn"}, "\ud83d")
+JUNK = (None, True, False, 0, -1, 1, 2, 7, 0.5, 1e-320, 1e308, 10**12, float("nan"), "", "x",
+        "llama", "../../x", [], [1], {}, {"rope_type": "yarn"}, "\ud83d")
 
 
 def flip(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
@@ -51,7 +51,8 @@ def flip(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
         i = rng.randrange(end)
         return bytes(data[:i] + rng.randbytes(rng.randint(1, 9)) + data[i:])
     for _ in range(rng.randint(1, 4)):
-        data[rng.randrange(end)] = rng.choice(b'0159.,"{}[]: wx') if kind > 2 else rng.randrange(256)
+        byte = rng.choice(b'0159.,"{}[]: wx') if kind > 2 else rng.randrange(256)
+        data[rng.randrange(end)] = byte
     return bytes(data)
 
 
@@ -174,7 +175,8 @@ def make_wheel(folder: Path) -> Path:
     with zipfile.ZipFile(path, "w") as z:
         z.write(folder / "cache/summaries_en-us.json", "data/leads.json")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    hub.WHEELS["wikipedia"] = ("some-data", "1.0", sha256, "data/leads.json", "summaries_en-us.json")
+    hub.WHEELS["wikipedia"] = ("some-data", "1.0", sha256, "data/leads.json",
+                               "summaries_en-us.json")
     return path
 
 

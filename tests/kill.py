@@ -76,8 +76,9 @@ def main() -> int:
             files = sorted(path.name for path in (root / name).glob("*"))
             ended = run(name, None) == 0 and state(root / name) == wanted
             same += ended
-            print(f"killed after {moment:4.1f} of {whole:.1f} s, left {', '.join(files) or 'nothing'}"
-                  f": {'the same' if ended else 'NOT THE SAME'}", flush=True)
+            print(f"killed after {moment:4.1f} of {whole:.1f} s, left "
+                  f"{', '.join(files) or 'nothing'}: {'the same' if ended else 'NOT THE SAME'}",
+                  flush=True)
     print(f"{same} of {landed} killed runs ended with identical routers and results")
     return int(same < kills)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 
+import hardconcrete as hc
 from hardconcrete import (EPS, GATES, blocks_to_skip, harden, lagrangian, prob_zero, sample_u,
                           sample_z)
 
@@ -112,3 +113,11 @@ def test_blocks_to_skip_gives_the_papers_counts():
     assert [blocks_to_skip(s, 64) for s in (0.125, 0.25, 0.375)] == [8, 16, 24]
     assert [blocks_to_skip(s, 72) for s in (0.139, 0.25, 0.361)] == [10, 18, 26]
     assert blocks_to_skip(0.25, 2) == 1  # a half rounds up
+
+
+def test_gates_reach_one_only_if_r_exceeds_one(monkeypatch):
+    """The paper asks for r > 0; with 0.9 no draw is ever exactly 1."""
+    u = hc.sample_u((10_000,), torch.Generator().manual_seed(0))
+    assert (hc.sample_z(torch.tensor(2.0), u, "paper") == 1).any()
+    monkeypatch.setattr(hc, "STRETCH_R", 0.9)
+    assert not (hc.sample_z(torch.tensor(2.0), u, "paper") == 1).any()

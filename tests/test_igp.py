@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, WORDS, edit_json, hook_gates, make_reference, make_tokenizer
+from conftest import ROOT, WORDS, hook_gates, make_reference, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

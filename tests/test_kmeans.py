@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT  # noqa: F401  (puts the root on the path)
 from sklearn.cluster import KMeans
 
-from kmeans import kmeans, lloyd, nearest, plus_plus
+from kmeans import closest, kmeans, lloyd, nearest, plus_plus, purity
 
 M, N, d_e = 400, 7, 19
 
@@ -109,3 +109,12 @@ def test_impossible_requests_are_named():
     e[3, 2] = np.nan
     with pytest.raises(ValueError, match="1 embeddings are not finite"):
         kmeans(e, N, np.random.default_rng(0), 1)
+
+
+def test_purity_is_by_the_commonest_topic_and_closest_by_brute_force():
+    found = purity(np.array([0, 0, 0, 1, 2, 2]), ["a", "a", "b", None, "d", "c"])
+    assert found == [("a", 2, 3), (None, 0, 0), ("c", 1, 2)]      # of equal topics the first
+    rng = np.random.default_rng(0)
+    e, mu = rng.normal(size=(50, 7)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32)
+    distance = ((mu[:, None] - e) ** 2).sum(2)
+    assert np.array_equal(closest(e, mu, 4), distance.argsort(1)[:, :4])

@@ -141,6 +141,7 @@ def test_head_dim_and_kv_heads_have_the_usual_defaults(checkpoint):
     ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
     ({"head_dim": 9}, "head_dim=9"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
 ])
 def test_a_config_that_changes_the_forward_is_refused_by_name(checkpoint, change, named):
     folder, _ = checkpoint()
@@ -158,6 +159,13 @@ def test_fields_that_change_nothing_are_accepted(checkpoint):
 
 
 # ------------------------------------------------------------------ weights
+
+
+def test_more_layers_than_the_weights_hold_are_refused_before_they_are_made(checkpoint):
+    folder, _ = checkpoint(shards=True)
+    edit_json(folder / "config.json", num_hidden_layers=10**12)
+    with pytest.raises(ValueError, match="is 1000000000000, but the weights are those of 3 layers"):
+        llm.check_weights(folder)
 
 
 def rewrite(folder, change):
@@ -236,6 +244,13 @@ def test_table_2(n_attention, n_ffn, tera):
     """A consistency check only: the paper prints no counts, so these are the ones that fit."""
     ours = llm.flops(LLAMA3_8B, 2048, skip(n_attention, n_ffn), "table2") / 1e12
     assert abs(ours - tera) < 0.006
+
+
+def test_table_2_has_two_percentages_too_low():
+    """3.12 % and 40.62 % of blocks: printed as 99.1 and 74.9 % of the dense FLOPs."""
+    dense = llm.flops(LLAMA3_8B, 2048)
+    ratios = [llm.flops(LLAMA3_8B, 2048, skip(*n), "table2") / dense for n in ((2, 0), (18, 8))]
+    assert [round(100 * r, 1) for r in ratios] == [99.2, 75.0]
 
 
 def test_whole_layers_cost_what_spec_says_and_skipping_is_really_free():

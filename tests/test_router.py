@@ -128,3 +128,22 @@ def test_encoder_flops_equal_torchs_own_count(encoder):
         bert(torch.arange(5, 36)[None])
     assert counter.get_total_flops() == routing.encoder_flops(encoder, 31)
     assert routing.encoder_flops(encoder, 256) == routing.encoder_flops(encoder, 9000)
+
+
+@pytest.mark.parametrize("change", ["mu", "z", "identity"])
+def test_a_router_with_impossible_values_is_refused(tmp_path, change):
+    mu, z = torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool)
+    if change == "mu":
+        mu[1, 2] = torch.inf
+    if change == "z":
+        z.view(torch.uint8)[0, 1] = 3                             # neither false nor true
+    identity = [] if change == "identity" else {}
+    routing.save(routing.Router(mu, z, torch.zeros(2, 4), identity), tmp_path / "r.safetensors")
+    with pytest.raises(ValueError, match="r.safetensors is damaged"):
+        routing.load(tmp_path / "r.safetensors")
+
+
+def test_an_encoder_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "modules.json").write_text("{")
+    with pytest.raises(ValueError, match="the sentence encoder in .* cannot be opened"):
+        routing.open_encoder(tmp_path, "cpu", torch.float32)
