@@ -40,6 +40,10 @@ def test_tokenizer_loses_truncation_and_padding(tmp_path):
     tokenizer.enable_padding(length=7)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert hub.load_tokenizer(tmp_path).encode("w1 w2 w3").ids == [3, 4, 5]
+    edit_json(tmp_path / "tokenizer.json",
+              model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"})
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read .*UNK"):
+        hub.load_tokenizer(tmp_path)  # it can be opened, but encodes nothing
     edit_json(tmp_path / "tokenizer.json", model=None)
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         hub.load_tokenizer(tmp_path)
@@ -245,7 +249,10 @@ def test_what_a_killed_process_left_is_removed_and_a_full_disk_is_one_line(wheel
 def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "CACHE", tmp_path)
     path = tmp_path / "summaries_en-us.json"
-    for text in ("[]", "{", '{"a": {"title": "x"}}', '{"a": 3}', "[" * 99999):
+    lead = '{"a": {"title": "x", "description": "", "topic": "y", "extract": "%s"}}'
+    path.write_text(lead % "fine")
+    assert len(hub.calibration_texts("wikipedia", None)) == 1
+    for text in ("[]", "{", '{"a": {"title": "x"}}', '{"a": 3}', "[" * 99999, lead % "\\ud800"):
         path.write_text(text)
         with pytest.raises(ValueError, match="summaries_en-us.json is damaged; delete it"):
             hub.calibration_texts("wikipedia", None)

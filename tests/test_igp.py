@@ -298,6 +298,8 @@ def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
     rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
     assert [(row["name"], row["tasks"]["wiki_what"]["n"]) for row in rows] == [
         ("dense", 5), ("static", 5)]
+    assert igp.main([*command, *more[:-1], "9"]) == 0    # other questions are asked anew
+    assert "wiki_what (n=9)" in capsys.readouterr().out
     assert igp.main([*command, "--method", "igp"]) == 0  # without the task
     out = capsys.readouterr().out
     assert "| igp |" in out and "wiki_what (n" not in out  # a column only where all rows have it
@@ -325,13 +327,15 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(command, capsys, change, 
     (["--sparsity", "0"], "use --method dense"), (["--sparsity", "1"], "between 0 and 1"),
     (["--sparsity", "nan"], "between 0 and 1"), (["--clusters", "0"], "--clusters 0"),
     (["--lr", "nan"], "--lr nan"), (["--length", "1"], "--length 1"), (["--gate", "x"], "--gate"),
-    (["--device", "cuda"], "--device cuda"),
+    (["--device", "cuda"], "--device cuda"), (["--lr", "x"], "invalid float value: 'x'; --help"),
+    (["--foo"], "unrecognized arguments: --foo; --help lists"),
 ])
 def test_arguments_that_make_no_sense_are_refused_at_once(capsys, change, named, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as caught:
         igp.main(change)
-    assert caught.value.code == 2 and named in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and named in err and err.count("\n") == 1
 
 
 def test_another_runs_folder_and_another_models_tokenizer_are_refused(command, tmp_path, capsys):
@@ -480,6 +484,10 @@ def test_a_full_disk_and_no_memory_are_one_line(command, tmp_path, capsys, monke
     monkeypatch.setattr(igp, "train_mask", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):                   # our own mistakes show where
         igp.main([*command, "--method", "static"])
+
+
+def test_dense_alone_may_skip_nothing(command, capsys):
+    assert igp.main([*command, "--method", "dense", "--sparsity", "0"]) == 0
 
 
 def test_development_mode_shows_the_traceback(command):
