@@ -1,10 +1,15 @@
 """Perplexity and zero-shot multiple choice, both from one sum: log P(continuation | context).
 
-Source: the definitions of lm-evaluation-harness (acc, acc_norm, their standard errors), which
-        Sec. 4.1 of IG-Pruning, arXiv:2511.02213, evaluates with.
-Left out: the paper's six tasks; the one task here, wiki_what, needs no download.
-Dims:   b batch, t tokens, d width, v vocabulary; B blocks; n requests, or positions.
+Source: the task definitions and metrics of lm-evaluation-harness 0.4, with which Sec. 4.1 of
+        IG-Pruning, arXiv:2511.02213, evaluates. Zero-shot, no chat template.
+Left out: few-shot prompts, generation tasks, log-likelihoods of bytes.
+Dims:   b batch, t tokens, d width, v vocabulary; B blocks; n groups, or positions.
+Why packing is allowed: a causal token sees only what is left of it. The choices of a question share
+        their context, so it runs once: context, choice 1, choice 2, ... in one sequence, where each
+        choice's tokens see the context and their own choice only (`_branches`) and count their
+        positions from the context's end. Each then computes what it would alone.
 """
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +20,9 @@ from tqdm import tqdm
 
 from model import Transformer
 
-BATCH_TOKENS = 4096  # tokens of one batch, padding included
-HEAD_ROWS = 128      # positions that go through the head at a time: (128, v) float32 at most
+# Tokens of one batch, padding included. On a CPU few, whose activations stay in its caches.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+HEAD_ROWS = 128  # positions that go through the head at a time: (128, v) float32 at most
 
 
 def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -29,44 +35,84 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def loglikelihoods(model: Transformer, requests: list[tuple[list[int], list[int]]],
-                   z: Tensor | None, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
-    """log P(continuation | context), summed over the continuation's tokens, for each request.
+def loglikelihoods(model: Transformer, groups: list[tuple[list[int], list[list[int]]]],
+                   z: Tensor | None, batch_tokens: int | None = None) -> list[np.ndarray]:
+    """For each group (context ids, continuations) the log P of each continuation after it.
 
-    requests: (context ids, continuation ids), neither empty; of more than max_position_embeddings
-    tokens the last ones are used. z None (dense) or boolean (n, B), one per request. Returns (n,)
-    float64, in the order of the requests. Requests of equal z run together, longest first, padded
-    on the right, which a causal model cannot see.
+    Each is summed over the continuation's tokens; no list of ids is empty. z None (dense) or
+    boolean (n, B), one per group. Groups of equal z run together, longest first, at most
+    batch_tokens at a time (None: BATCH_TOKENS), padded on the right, which a causal model cannot
+    see. Of a context and continuation longer than max_position_embeddings the last tokens are used.
     """
-    keys = ["" if z is None else z[r].numpy().tobytes() for r in range(len(requests))]
-    length = [min(len(c) + len(y) - 1, model.config.max_position_embeddings) for c, y in requests]
-    order = sorted(range(len(requests)), key=lambda r: (keys[r], -length[r]))
-    out = np.zeros(len(requests))
-    with tqdm(total=len(requests), desc="evaluation", leave=False, disable=None) as bar:
+    batch_tokens = batch_tokens or BATCH_TOKENS[model.head_weight.device.type]
+    longest, pieces = model.config.max_position_embeddings, []    # (group, first choice, ids, ids)
+    for i, (context, choices) in enumerate(groups):
+        if len(context) + max(map(len, choices)) - 1 <= longest:
+            pieces.append((i, 0, context, choices))
+            continue
+        for c, y in enumerate(choices):                           # each cut on its own
+            whole = (context + y)[-(longest + 1):]                # the last token predicts nothing
+            n = min(len(y), len(whole) - 1)
+            pieces.append((i, c, whole[:-n], [whole[-n:]]))
+    keys = ["" if z is None else z[i].numpy().tobytes() for i, *_ in pieces]
+    length = [len(context) + sum(len(y) - 1 for y in choices) for _, _, context, choices in pieces]
+    order = sorted(range(len(pieces)), key=lambda p: (keys[p], -length[p]))
+    out = [np.zeros(len(choices)) for _, choices in groups]
+    with tqdm(total=len(pieces), desc="evaluation", leave=False, disable=None) as bar:
         while order:
             first = order[0]
             size = max(1, batch_tokens // length[first])
-            batch = [r for r in order[:size] if keys[r] == keys[first]]
+            batch = [p for p in order[:size] if keys[p] == keys[first]]
             order = order[len(batch):]
-            same = None if z is None else z[first]
-            out[batch] = _batch(model, [requests[r] for r in batch], same)
+            same = None if z is None else z[pieces[first][0]]
+            scores = _batch(model, [pieces[p][2:] for p in batch], same)
+            for (i, c, _, choices), values in zip((pieces[p] for p in batch), scores, strict=True):
+                out[i][c:c + len(choices)] = values
             bar.update(len(batch))
     return out
 
 
-def _batch(model: Transformer, requests: list, z: Tensor | None) -> np.ndarray:
+def _batch(model: Transformer, groups: list, z: Tensor | None) -> list[np.ndarray]:
     """`loglikelihoods` of one batch: one forward, then the head on the continuations only."""
-    device, longest = model.head_weight.device, model.config.max_position_embeddings
-    inputs = [(c + y)[:-1][-longest:] for c, y in requests]       # the last token predicts nothing
-    width = max(map(len, inputs))
-    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs], device=device)
-    hidden = model(tokens, z)                                     # (b, t, d)
-    rows, kept = [], []
-    for h, ids, (_, y) in zip(hidden, inputs, requests, strict=True):
-        rows.append(h[max(0, len(ids) - len(y)):len(ids)])        # they predict y
-        kept.append(y[len(y) - len(rows[-1]):])
-    scores = log_probs(model, torch.cat(rows), torch.tensor(sum(kept, []), device=device))
-    return np.array([part.sum() for part in scores.double().cpu().split([len(y) for y in kept])])
+    device, width = model.head_weight.device, 0
+    ids, positions, branch, predictors, targets = [], [], [], [], []
+    for context, choices in groups:
+        n = len(context)
+        tokens, places, which, rows = [*context], [*range(n)], [0] * n, []
+        for c, y in enumerate(choices, 1):
+            rows += [n - 1, *range(len(tokens), len(tokens) + len(y) - 1)]  # they predict y
+            tokens += y[:-1]                                      # its last token predicts nothing
+            places += range(n, n + len(y) - 1)                    # every choice starts at n
+            which += [c] * (len(y) - 1)
+            targets += y
+        ids.append(tokens)
+        positions.append(places)
+        branch.append(which)
+        predictors.append(rows)
+        width = max(width, len(tokens))
+
+    def padded(lists: list[list[int]]) -> Tensor:
+        return torch.tensor([x + [0] * (width - len(x)) for x in lists], device=device)  # (b, t)
+
+    if all(len(choices) == 1 for _, choices in groups):           # nothing branches: plain causal
+        hidden = model(padded(ids), z)                            # (b, t, d)
+    else:
+        hidden = model(padded(ids), z, positions=padded(positions),
+                       attend=_branches(padded(branch)))
+    rows = torch.cat([h[index] for h, index in zip(hidden, predictors, strict=True)])
+    scores = log_probs(model, rows, torch.tensor(targets, device=device)).double().cpu()
+    sums = [part.sum().item() for part in
+            scores.split([len(y) for _, choices in groups for y in choices])]
+    return np.split(np.array(sums), np.cumsum([len(choices) for _, choices in groups])[:-1])
+
+
+def _branches(branch: Tensor) -> Tensor:
+    """Who sees whom (b, 1, t, t): query row sees key column if it is to its left or itself, and
+    belongs to the context (branch 0) or to the query's own branch. branch (b, t)."""
+    t = branch.shape[1]
+    causal = torch.ones(t, t, dtype=torch.bool, device=branch.device).tril()
+    q, k = branch[:, :, None], branch[:, None, :]
+    return (causal & ((k == 0) | (k == q)))[:, None]
 
 
 def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
@@ -79,49 +125,142 @@ def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a zero-shot task: which of `choices` follows `context`? `gold` is its index."""
+    """A row of a zero-shot task: which of `choices` follows its context, after one space?"""
 
-    context: str
+    contexts: list[str]  # one for each choice; they are all the same but in WinoGrande
     choices: list[str]
-    gold: int
+    gold: int            # index of the right one
+    routed: str          # what picks the mask (Eq. 9); all choices of a question share it
 
 
-def choice_requests(question: Question, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(context ids, continuation ids) per choice, as lm-evaluation-harness cuts them.
+FIELDS = {  # task -> the fields read of a row in the hub's schema
+    "openbookqa": {"question_stem": str, "choices": dict, "answerKey": str},
+    "winogrande": {"sentence": str, "option1": str, "option2": str, "answer": str},
+    "hellaswag": {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+    "piqa": {"goal": str, "sol1": str, "sol2": str, "label": int},
+    "arc_easy": {"question": str, "choices": dict, "answerKey": str},
+    "arc_challenge": {"question": str, "choices": dict, "answerKey": str},
+}
 
-    Context and " " + choice are encoded together and the context's own ids cut off in front, so
-    that tokens may merge across the boundary.
-    Silent: BOS. The tokenizer's own habit, as the harness does today.
+
+def read_row(task: str, row: dict) -> Question:
+    """A row of one of the six tasks as lm-evaluation-harness prompts it.
+
+    Routed is the context: in WinoGrande, whose contexts differ, the sentence up to the blank.
+    Raises ValueError, naming the field, for a row that is not in the task's schema.
     """
-    context = tokenizer.encode(question.context).ids
-    whole = [tokenizer.encode(f"{question.context} {choice}").ids for choice in question.choices]
-    return [(context, ids[len(context):]) for ids in whole]
+    for field, kind in FIELDS[task].items():
+        value = row.get(field)
+        if type(value) is not kind and not (field == "label" and type(value) in (int, str)):
+            raise ValueError(f"field {field} is {str(value)[:40]!r}, expected {kind.__name__}")
+    if task == "winogrande":  # the same end of the sentence after each option
+        before, blank, after = row["sentence"].partition("_")
+        if not blank:
+            raise ValueError("field sentence has no blank _")
+        contexts = [before + row["option1"], before + row["option2"]]
+        return Question(contexts, [after.strip()] * 2, _gold("answer", row["answer"], ["1", "2"]),
+                        before)
+    if task == "hellaswag":
+        context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        choices = [_clean(x) for x in _strings("endings", row["endings"])]
+        key, labels = ("label", row["label"]), [str(i) for i in range(len(choices))]
+    elif task == "piqa":
+        context, choices = f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]]
+        key, labels = ("label", row["label"]), ["0", "1"]
+    else:
+        choices = _strings("choices.text", row["choices"].get("text"))
+        key, labels = ("answerKey", row["answerKey"].lstrip()), row["choices"].get("label")
+        if len(_strings("choices.label", labels)) != len(choices):
+            raise ValueError(f"field choices has {len(choices)} texts, {len(labels)} labels")
+        context = (row["question_stem"] if task == "openbookqa"
+                   else f"Question: {row['question']}\nAnswer:")
+    return Question([context] * len(choices), choices, _gold(*key, labels), context)
 
 
-def multiple_choice(model: Transformer, tokenizer: Tokenizer, questions: list[Question],
-                    z: Tensor | None) -> dict:
-    """acc and acc_norm, 0-1, with standard errors, and n. z None or boolean (len(questions), B).
+def _gold(field: str, key: object, labels: list[str]) -> int:
+    if str(key) not in labels:
+        raise ValueError(f"field {field} is {key!r}, expected one of {', '.join(labels)}")
+    return labels.index(str(key))
 
-    acc: the gold choice has the largest log P; acc_norm: the largest log P / its characters.
-    The first of equal maxima wins. Standard error sqrt(p (1 - p) / (n - 1)), nan for n = 1.
+
+def _strings(field: str, value: object) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
+        raise ValueError(f"field {field} is {str(value)[:40]!r}, expected a list of texts")
+    return value
+
+
+def _clean(text: str) -> str:
+    """HellaSwag's mark-up removed, in the harness's order; spaces that this leaves stay."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def encode(tokenizer: Tokenizer, text: str, bos: int | str) -> list[int]:
+    """Token ids of a text, after BOS where bos is an id, without it where bos is "off".
+
+    Silent: BOS. "auto" is the tokenizer's own habit, as the harness has it since 0.4.9.2; when the
+    paper was written it added none. Never doubled where the text begins with it.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=bos != "off").ids
+    if bos != "off" and ids[:2] == tokenizer.encode("").ids[:1] * 2:
+        ids = ids[1:]
+    return ids if isinstance(bos, str) or ids[:1] == [bos] else [bos, *ids]
+
+
+def choice_ids(question: Question, tokenizer: Tokenizer, bos: int | str) -> list[tuple]:
+    """[(context ids, [continuation ids, ...])]: one group, or one per choice if contexts differ.
+
+    Context and continuation are encoded together, and as many tokens as the context has alone are
+    cut off in front, so that tokens may merge across the boundary. White space that ends the
+    context goes to the continuation's front.
+    """
+    pairs = []
+    for context, choice in zip(question.contexts, question.choices, strict=True):
+        bare = context.rstrip()
+        ids = encode(tokenizer, bare, bos)
+        whole = encode(tokenizer, f"{context} {choice}", bos)     # it begins with `bare`
+        pairs.append((ids, whole[len(ids):]))
+    if any(not context or not y for context, y in pairs):
+        raise ValueError(f"{question.contexts[0][:60]!r}: context or choice has no token")
+    if all(context == pairs[0][0] for context, _ in pairs):
+        return [(pairs[0][0], [y for _, y in pairs])]
+    return [(context, [y]) for context, y in pairs]
+
+
+def score(model: Transformer, tokenizer: Tokenizer, questions: list[Question], z: Tensor | None,
+          bos: int | str) -> list[np.ndarray]:
+    """log P of each choice of each question. z None or boolean (len(questions), B)."""
+    groups = [choice_ids(question, tokenizer, bos) for question in questions]
+    owner = torch.tensor([i for i, group in enumerate(groups) for _ in group])
+    values = loglikelihoods(model, sum(groups, []), None if z is None else z[owner])
+    values = iter(values)
+    return [np.concatenate([next(values) for _ in group]) for group in groups]
+
+
+def right(question: Question, loglik: np.ndarray) -> tuple[int, int | None]:
+    """(acc, acc_norm) of one question, each 0 or 1.
+
+    acc: the gold choice has the largest log P; acc_norm: the largest log P / its characters, None
+    where all choices are the same text (WinoGrande). The first of equal maxima wins.
     Example: log P (-4, -6) of choices with 2 and 4 characters: acc picks the first (-4 > -6),
     acc_norm the second (-1.5 > -2).
     """
-    requests = [choice_requests(question, tokenizer) for question in questions]
-    n_choices = [len(group) for group in requests]
-    repeat = None if z is None else z.repeat_interleave(torch.tensor(n_choices), dim=0)
-    loglik = loglikelihoods(model, sum(requests, []), repeat)
-    loglik = np.split(loglik, np.cumsum(n_choices)[:-1])
-    right, right_norm = [], []
-    for question, scores in zip(questions, loglik, strict=True):
-        right.append(scores.argmax() == question.gold)
-        per_character = scores / [len(choice) for choice in question.choices]
-        right_norm.append(per_character.argmax() == question.gold)
-    n = len(questions)
-    out = {"acc": float(np.mean(right)), "acc_norm": float(np.mean(right_norm)), "n": n}
-    for key in ("acc", "acc_norm"):
-        p = out[key]
-        out[f"{key}_stderr"] = (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else float("nan")
+    acc = int(loglik.argmax() == question.gold)
+    if len(set(question.contexts)) > 1:
+        return acc, None
+    with np.errstate(divide="ignore"):                            # an empty choice: -inf
+        per_character = loglik / np.array([len(choice) for choice in question.choices])
+    return acc, int(per_character.argmax() == question.gold)
+
+
+def accuracy(questions: list[Question], logliks: list[np.ndarray]) -> dict:
+    """acc and acc_norm, 0-1, with standard errors sqrt(p (1 - p) / (n - 1)) (nan for 1), and n."""
+    hits = [right(q, x) for q, x in zip(questions, logliks, strict=True)]
+    out, n = {"n": len(hits)}, len(hits)
+    for key, values in zip(("acc", "acc_norm"), zip(*hits, strict=True), strict=True):
+        p = None if values[0] is None else float(np.mean(values))
+        error = None if p is None else (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else float("nan")
+        out |= {key: p, f"{key}_stderr": error}
     return out
 
 
@@ -148,7 +287,8 @@ def wiki_what(articles: list[dict], judging: list[dict],
         choices = [others[i] for i in generator.choice(len(others), 3, replace=False)]
         gold = int(generator.integers(4))
         choices.insert(gold, article["description"])
-        questions.append(Question(f"Question: What is {article['title']}?\nAnswer:", choices, gold))
+        context = f"Question: What is {article['title']}?\nAnswer:"
+        questions.append(Question([context] * 4, choices, gold, context))
     return questions
 
 
@@ -168,20 +308,14 @@ def picture(z: Tensor) -> str:
 
 
 def report(results: dict) -> str:
-    """results.json as Markdown: methods, N x N matrix, clusters with their masks, seconds."""
-    first, rows = results["rows"][0]["tasks"], []
-    tasks = [task for task in first if all(task in row["tasks"] for row in results["rows"])]
-    for row in results["rows"]:
-        scores = [row["tasks"][task] for task in tasks]
-        rows.append([
-            row["name"], " ".join(map(str, row["attention_skipped"])) or "-",
-            " ".join(map(str, row["ffn_skipped"])) or "-", f"{row['flops_ratio']:.1%}",
-            f"{row['flops_ratio_with_router']:.1%}", f"{row['ppl']:.2f}",
-            *(f"{100 * s['acc_norm']:.1f} ± {100 * s['acc_norm_stderr']:.1f}" for s in scores),
-            row["training_tokens"], f"{row['seconds']:.0f}"])
+    """results.json as Markdown: methods, tasks, clusters with masks, N x N matrix, seconds."""
+    rows = [[row["name"], " ".join(map(str, row["attention_skipped"])) or "-",
+             " ".join(map(str, row["ffn_skipped"])) or "-", f"{row['flops_ratio']:.1%}",
+             f"{row['flops_ratio_with_router']:.1%}", f"{row['ppl']:.2f}",
+             row["training_tokens"], f"{row['seconds']:.0f}"] for row in results["rows"]]
     head = ["method", "skipped attention", "skipped FFN", "FLOPs", "FLOPs + router", "perplexity",
-            *(f"{task} (n={first[task]['n']})" for task in tasks), "training tokens", "seconds"]
-    parts = [markdown(head, rows)]
+            "training tokens", "seconds"]
+    parts = [markdown(head, rows), *task_report(results["rows"])]
     if results["matrix"]:
         parts.append(cluster_report(results["clusters_found"], results["masks"]))
         sizes = [mask["judging_texts"] for mask in results["masks"]]
@@ -190,6 +324,30 @@ def report(results: dict) -> str:
     parts.append(f"Seconds: {spent}; in all {sum(results['seconds'].values()):.0f}. Peak memory "
                  f"{results['peak_memory_bytes'] / 2**30:.1f} GiB.")
     return "\n\n".join(parts)
+
+
+def task_report(rows: list[dict]) -> list[str]:
+    """The layout of Table 1: methods x tasks that all have, average and share of the dense one.
+
+    acc_norm, or acc where there is no other (WinoGrande), in percent, ± its standard error.
+    """
+    tasks = [task for task in rows[0]["tasks"] if all(task in row["tasks"] for row in rows)]
+    if not tasks:
+        return []
+    averages, lines = {}, []
+    for row in rows:
+        cells, values = [], []
+        for s in (row["tasks"][task] for task in tasks):
+            key = "acc" if s["acc_norm"] is None else "acc_norm"
+            values.append(100 * s[key])
+            cells.append(f"{100 * s[key]:.2f} ± {100 * s[f'{key}_stderr']:.2f}")
+        average = averages[row["name"]] = sum(values) / len(values)
+        share = f"{average / averages['dense']:.2%}" if "dense" in averages else "-"
+        lines.append([row["name"], f"{row['sparsity']:.1%}", *cells, f"{average:.2f}", share])
+    first = rows[0]["tasks"]
+    head = ["method", "sparsity", *(f"{task} (n={first[task]['n']})" for task in tasks), "average",
+            "% of dense"]
+    return [markdown(head, lines)]
 
 
 def cluster_report(found: list[dict], masks: list[dict]) -> str:

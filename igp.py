@@ -3,7 +3,7 @@
 Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Large Language Models",
         arXiv:2511.02213. This file is its Figure 2: Stage 1 clusters calibration texts and trains
         a mask per cluster, Stage 2 gives each input the mask of its nearest centroid.
-Left out: zero-shot tasks that need a download, rival methods, generation.
+Left out: rival methods, generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts;
         b texts and w tokens in a batch, d hidden width, v vocabulary. Here t is the current
         sparsity of Eq. 7. z = 1 keeps a block, 0 skips it.
@@ -36,7 +36,7 @@ from hardconcrete import GATES, blocks_to_skip, harden, lagrangian, sample_u, sa
 from kmeans import closest, kmeans, purity
 
 METHODS = ("dense", "static", "igp")
-TASKS = ("wiki_what",)
+TASKS = ("wiki_what", *evaluate.FIELDS)
 # "paper": rates, N, samples and length of Table 5. Silent: its M, epochs and batch size.
 # "demo": sized for minutes on two CPU cores. Deviates: twice the rate of log_alpha.
 PRESETS = {
@@ -129,12 +129,12 @@ def choose(model: llm.Transformer, candidates: list[Tensor], n_skip: int, texts:
     two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
     These forwards are not among a mask's training tokens, nor is their time among its seconds.
     """
-    requests, losses = [(x[:1], x[1:]) for x in texts], {}
+    requests, losses = [(x[:1], [x[1:]]) for x in texts], {}
     for log_alpha in candidates:
         z = harden(log_alpha, n_skip)
         if (key := tuple(z.tolist())) not in losses:
             loglik = evaluate.loglikelihoods(model, requests, z.expand(len(texts), -1))
-            losses[key] = (-loglik.sum(), log_alpha)
+            losses[key] = (-sum(x[0] for x in loglik), log_alpha)
     return min(losses.values(), key=lambda pair: pair[0])[1]
 
 
@@ -160,6 +160,7 @@ class Run:
     out: Path                   # the run folder
     model: llm.Transformer
     tokenizer: object
+    bos: int | str              # see evaluate.encode
     encoder: object             # the sentence encoder
     encoder_folder: Path
     train: list[dict]           # texts of Stage 1, each with "text" and "tokens"
@@ -183,10 +184,13 @@ def checksum(results: dict) -> str:
 def open_run(args: argparse.Namespace) -> Run:
     """Fetches and opens every input, cheap checks first; ValueError for what does not fit."""
     name, out, texts = hub.resolve(args.model), Path(args.out), []
-    hub.check_access(name, args.calibration)
+    results = open_results(args, out)
+    from_hub = [] if args.tasks_dir else [task for task in args.tasks if task in hub.HUB_TASKS]
+    hub.check_access(name, args.calibration, from_hub)
     if args.calibration not in hub.HUB_TEXTS:
         texts = hub.calibration_texts(args.calibration, None)
         hub.split(texts)                                         # enough of them?
+    questions = {task: open_task(task, args) for task in args.tasks}
     folder = hub.model_folder(name)
     config = llm.check_weights(folder).config
     B = 2 * config.num_hidden_layers
@@ -194,8 +198,12 @@ def open_run(args: argparse.Namespace) -> Run:
     if args.method != ["dense"] and not 0 < n_skip < B:
         raise ValueError(f"--sparsity {args.sparsity} skips {n_skip} of {B} blocks; "
                          f"expected 1 to {B - 1} (for 0: --method dense)")
-    results = open_results(args, out)
-    tokenizer = hub.load_tokenizer(folder)
+    tokenizer, bos = hub.load_tokenizer(folder), args.bos
+    if bos == "on":
+        bos = llm.read_json(folder / "config.json").get("bos_token_id")
+        if not isinstance(bos, int) or not 0 <= bos < config.vocab_size:
+            raise ValueError(f"--bos on: bos_token_id of {folder}/config.json is {bos!r}, expected "
+                             "an id of the vocabulary; use --bos auto or off")
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
@@ -211,15 +219,25 @@ def open_run(args: argparse.Namespace) -> Run:
     train, judge = train[:args.texts], [x | {"tokens": x["tokens"][:JUDGED]} for x in judge]
     if args.clusters > len(train):
         raise ValueError(f"--clusters {args.clusters} is more than the {len(train)} texts")
-    questions = {}
-    if "wiki_what" in args.tasks:
-        articles = hub.calibration_texts("wikipedia", None)
-        rows = evaluate.wiki_what(articles, hub.split(articles)[2], np.random.default_rng(0))
-        questions["wiki_what"] = rows[:args.limit]
     if router is not None:                                       # of this encoder's width?
         routing.route(router, routing.encode(encoder, [train[0]["text"]]))
-    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, encoder, encoder_folder,
-               train, judge, questions, results, router)
+    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, bos, encoder,
+               encoder_folder, train, judge, questions, results, router)
+
+
+def open_task(task: str, args: argparse.Namespace) -> list[evaluate.Question]:
+    """The questions of a task; ValueError with file, line and field for a row that is none."""
+    if task == "wiki_what":
+        articles = hub.calibration_texts("wikipedia", None)
+        rows = evaluate.wiki_what(articles, hub.split(articles)[2], np.random.default_rng(0))
+        return rows[:args.limit]
+    questions = []
+    for where, row in hub.task_rows(task, args.tasks_dir, args.limit):
+        try:
+            questions.append(evaluate.read_row(task, row))
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+    return questions
 
 
 def finished_router(path: str, model: str | Path, B: int) -> routing.Router:
@@ -392,11 +410,11 @@ def judge(run: Run, name: str, router: routing.Router | None) -> dict:
     model, config, each = run.model, run.model.config, np.arange(len(run.judge))
     masks = torch.ones(1, model.B, dtype=torch.bool) if router is None else router.z
     k = 0 * each if router is None else clusters_of(run, router, [x["text"] for x in run.judge])
-    requests = [(x["tokens"][:1], x["tokens"][1:]) for x in run.judge]
-    n = np.array([len(y) for _, y in requests])                  # predicted tokens per text
+    requests = [(x["tokens"][:1], [x["tokens"][1:]]) for x in run.judge]
+    n = np.array([len(y) for _, (y,) in requests])               # predicted tokens per text
     different, which = masks.unique(dim=0, return_inverse=True)  # equal masks are judged once
-    table = np.stack([evaluate.loglikelihoods(model, requests, z.expand(len(n), -1))
-                      for z in different])[which.numpy()]        # (N, texts)
+    table = np.array([evaluate.loglikelihoods(model, requests, z.expand(len(n), -1))
+                      for z in different])[which.numpy(), :, 0]  # (N, texts)
     if not (-table.sum(1) / n.sum() < 700).all():                # e^700 is almost infinite; or NaN
         raise ValueError(f"{name}: log-likelihoods of the held-out texts are not finite; check "
                          "the model's weights, or try --dtype float32")
@@ -424,15 +442,36 @@ def judge(run: Run, name: str, router: routing.Router | None) -> dict:
             "seconds": sum(x["seconds"] for x in spent)}
 
 
-def ask(run: Run, task: str, router: routing.Router | None) -> dict:
-    """A task's scores under a method.
+def ask(run: Run, name: str, task: str, router: routing.Router | None) -> dict:
+    """A task's scores under a method; with --log-samples also a line a question, in a file.
 
     Silent: what is routed. A question on its context alone, so that its choices share one z.
     """
-    questions, z = run.questions[task], None
+    questions, z, k = run.questions[task], None, [None] * len(run.questions[task])
     if router is not None:
-        z = router.z[clusters_of(run, router, [q.context for q in questions])]  # Eq. 10
-    return evaluate.multiple_choice(run.model, run.tokenizer, questions, z)
+        k = clusters_of(run, router, [q.routed for q in questions]).tolist()
+        z = router.z[k]                                          # Eq. 10
+    logliks = evaluate.score(run.model, run.tokenizer, questions, z, run.bos)
+    if run.args.log_samples:
+        lines = []
+        for i, (q, x) in enumerate(zip(questions, logliks, strict=True)):
+            acc, acc_norm = evaluate.right(q, x)
+            lines.append(json.dumps({
+                "row": i, "contexts": q.contexts, "continuations": [f" {y}" for y in q.choices],
+                "loglikelihood": x.tolist(), "acc": acc, "acc_norm": acc_norm, "gold": q.gold,
+                "cluster": k[i]}) + "\n")
+        routing.write(samples_file(run, name, task), "".join(lines).encode())
+    return evaluate.accuracy(questions, logliks) | {"questions": fingerprint(run, task)}
+
+
+def samples_file(run: Run, name: str, task: str) -> Path:
+    """Where --log-samples writes."""
+    return run.out / f"samples-{name}-{task}.jsonl"
+
+
+def fingerprint(run: Run, task: str) -> str:
+    """Tells one set of questions and --bos from another: what is finished is not asked again."""
+    return hashlib.sha256(repr((run.bos, run.questions[task])).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------ the command line
@@ -470,9 +509,14 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     add("--gate", choices=GATES, default="paper", help="which reading of Eq. 4")
     # Stage 2
     add("--router", help="apply this router.safetensors, train nothing")
-    add("--tasks", help=f"zero-shot tasks, comma-separated, of {', '.join(TASKS)}; '' for none; "
-        "wiki_what if not given and the calibration is wikipedia")
+    add("--tasks", help=f"zero-shot, comma-separated, of {', '.join(TASKS)}; '' for none; if not "
+        "given all but the first with --tasks-dir or a calibration from the hub, else the first "
+        "with wikipedia")
+    add("--tasks-dir", help="folder with <task>.jsonl in the hub's schema; if not given, the hub")
     add("--limit", type=int, help="ask only the first so many questions of a task")
+    add("--bos", choices=("auto", "on", "off"), default="auto",
+        help="begin a question with BOS: as the tokenizer does by itself, always, or never")
+    add("--log-samples", action="store_true", help="write samples-<method>-<task>.jsonl into --out")
     # the run
     add("--seed", type=int, default=0, help="of k-means, gates and batch order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -495,7 +539,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     args = p.parse_args(argv)
     if args.tasks is None:
-        args.tasks = "wiki_what" if args.calibration == "wikipedia" else ""
+        args.tasks = {"wikipedia": "wiki_what"}.get(args.calibration, "")
+        if args.tasks_dir or args.calibration in hub.HUB_TEXTS:
+            args.tasks = ",".join(evaluate.FIELDS)
     if args.method is None:
         args.method = "dense,igp" if args.router else ",".join(METHODS)
     for key, known in (("method", METHODS), ("tasks", TASKS)):
@@ -540,6 +586,9 @@ def estimate(run: Run) -> float:
     texts = args.samples * args.epochs * args.clusters * (masks * (1 - share) + bool(masks) * share)
     passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
     judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
+    asked = [q for questions in run.questions.values() for q in questions]
+    judging += len(args.method) * llm.flops(config, 1) * sum(    # about 4 characters a token
+        len(q.routed) + sum(map(len, q.choices)) for q in asked) // 4
     return (2 * texts * llm.flops(config, args.length) + judging) / (0.6 * rate) / 60
 
 
@@ -565,10 +614,11 @@ def pipeline(run: Run) -> str:
             with stage(run, f"texts of {name}"):
                 row = judge(run, name, routers[name])
                 results["rows"].append(row)
-        for task, questions in run.questions.items():
-            if row["tasks"].get(task, {}).get("n") != len(questions):
+        for task in run.questions:
+            done = row["tasks"].get(task, {}).get("questions") == fingerprint(run, task)
+            if not done or args.log_samples and not samples_file(run, name, task).exists():
                 with stage(run, f"{task} of {name}"):
-                    row["tasks"][task] = ask(run, task, routers[name])
+                    row["tasks"][task] = ask(run, name, task, routers[name])
     return evaluate.report(results)
 
 

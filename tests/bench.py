@@ -1,8 +1,11 @@
 """Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
 
 Run:  python tests/bench.py [forward training kmeans encoding] [--json FILE]
+      python tests/bench.py scoring --tasks-dir FOLDER    (needs lm-eval==0.4.13 and accelerate)
 Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
-      kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default.
+      kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default;
+      scoring, 200 rows of each of the six tasks on the embedded default, against
+      lm-evaluation-harness at the best of four batch sizes.
 Ratio is the median of ours / peer over the interleaved pairs; spread is the range of the middle
 half of those ratios. Run nothing beside it.
 """
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from conftest import hook_gates  # which also finds the modules below
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
 import hub
 import igp
 import kmeans
@@ -165,7 +169,58 @@ def encoding(dtype: torch.dtype):
         yield row(f"encoding, changed centroids of N = {N}", "texts", 0.01, (changed, len(texts)))
 
 
-PARTS = {"forward": forward, "training": training, "kmeans": clustering, "encoding": encoding}
+def harness(folder: Path, dtype: torch.dtype, limit: int):
+    """lm-evaluation-harness: (its model on the embedded default, task -> its requests)."""
+    from golden.regenerate import read_rows_from
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    read_rows_from(folder, limit)
+    path = hub.model_folder(hub.EMBEDDED)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"),
+                                        eos_token="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    lm, requests = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu"), {}
+    tasks = TaskManager().load(list(hub.HUB_TASKS))["tasks"]
+    for name, task in tasks.items():
+        task.build_all_requests(rank=0, world_size=1)
+        requests[name] = task.instances
+    return lm, requests
+
+
+def scoring(dtype: torch.dtype, folder: Path | None, limit: int = 200):
+    """log-likelihoods of all choices, tokenising included; a task of ours, then one of theirs."""
+    if folder is None:
+        raise SystemExit("bench.py: error: scoring needs --tasks-dir FOLDER with <task>.jsonl")
+    lm, requests = harness(folder, dtype, limit)
+    path = hub.model_folder(hub.EMBEDDED)
+    model, tokenizer = llm.load(path, "cpu", dtype), hub.load_tokenizer(path)
+    questions = {task: [evaluate.read_row(task, x) for _, x in
+                        hub.task_rows(task, str(folder), limit)] for task in requests}
+    few, best = [x for task in requests.values() for x in task[::12]], {}
+    for size in (8, 16, 32, 64):
+        lm.batch_size_per_gpu = size
+        start = time.perf_counter()
+        lm.loglikelihood(few, disable_tqdm=True)
+        best[size] = time.perf_counter() - start
+    lm.batch_size_per_gpu = min(best, key=best.get)
+    seconds, same, n = np.zeros(2), 0, sum(map(len, questions.values()))
+    for task, theirs in requests.items():
+        start = time.perf_counter()
+        ours = evaluate.score(model, tokenizer, questions[task], None, "auto")
+        middle = time.perf_counter()
+        peer = np.array([x for x, _ in lm.loglikelihood(theirs, disable_tqdm=True)])
+        seconds += middle - start, time.perf_counter() - middle
+        peer = np.split(peer, np.cumsum([len(x) for x in ours])[:-1])
+        same += sum(evaluate.right(q, a) == evaluate.right(q, b) for q, a, b in
+                    zip(questions[task], ours, peer, strict=True))
+    yield row(f"scoring, batch size of the peer {lm.batch_size_per_gpu}", "rows/s", 1.8,
+              tuple(n / seconds), "more")
+    yield row("scoring, rows with equal acc and acc_norm", "rows", 0.95, (same, n), "more")
+
+
+PARTS = {"forward": forward, "training": training, "kmeans": clustering, "encoding": encoding,
+         "scoring": scoring}
 
 
 def main() -> None:
@@ -173,14 +228,16 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     p.add_argument("--json", type=Path, help="one object a line into this file")
+    p.add_argument("--tasks-dir", type=Path, help="for scoring: folder with <task>.jsonl")
     args = p.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         p.error(f"{', '.join(sorted(unknown))}: expected of {', '.join(PARTS)}")
     dtype, lines = getattr(torch, igp.best_dtype("cpu")), []
     print(f"{dtype}, {torch.get_num_threads()} threads\n", flush=True)
     print("| what | ours | peer | unit | ratio | spread | goal |\n" + "| --- " * 7 + "|")
-    for part in args.parts or PARTS:
-        for line in PARTS[part](dtype):
+    for part in args.parts or [part for part in PARTS if part != "scoring"]:
+        more = (args.tasks_dir,) if part == "scoring" else ()
+        for line in PARTS[part](dtype, *more):
             sign = "<=" if line["better"] == "less" else ">="
             met = line["ratio"] <= line["goal"] if sign == "<=" else line["ratio"] >= line["goal"]
             print(f"| {line['name']} | {line['ours']:.4g} | {line['peer']:.4g} | {line['unit']} | "

@@ -49,6 +49,11 @@ def make_reference(family: str, tied: bool = False, seed: int = 0, **sizes):
     return model.eval()
 
 
+def make_golden_model():
+    """The transformers model of tests/golden, whose tokenizer has 400 tokens."""
+    return make_reference("llama", seed=7, vocab_size=400, max_position_embeddings=512)
+
+
 def hook_gates(reference, z):
     """Multiplies every block's output by its z (B,) or (b, B), inside the transformers model."""
     def column(i):
@@ -98,6 +103,25 @@ def make_tokenizer(bos: bool = False):
     return tokenizer
 
 
+# One row of each task in the hub's schema, with its footguns.
+ROWS = {
+    "openbookqa": {"question_stem": "Atomic 26 is drawn to a device, it could be", "answerKey": "B",
+                   "choices": {"text": ["wood", "magnetized"], "label": ["A", "B"]}},
+    "winogrande": {"sentence": "People think _ is embarassed, because Samantha made snide comments "
+                               "about the shirt Rebecca was wearing. ",
+                   "option1": "Samantha", "option2": "Rebecca", "answer": "2"},
+    "hellaswag": {"activity_label": " Roof shingle removal", "ctx_a": "A man [header] sits.  He",
+                  "ctx_b": "STARTS Up [title] now", "endings": ["[substeps] Ask him.", "is   up."],
+                  "label": "1"},
+    "piqa": {"goal": "Remove seeds from  strawberries", "sol1": "use a straw", "sol2": "no ",
+             "label": 0},
+    "arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
+                 "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
+    "arc_challenge": {"question": "Q", "answerKey": " E",
+                      "choices": {"text": list("vwxyz"), "label": list("ABCDE")}},
+}
+
+
 def make_encoder(folder):
     """A tiny random sentence encoder: BERT, mean pooling, normalisation; returns its folder."""
     from sentence_transformers import SentenceTransformer
@@ -132,13 +156,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
+    """The folder of `make_encoder`."""
     return make_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def make_home(root):
-    """root/cache, a stand-in for ~/.cache/ig-pruning with tiny models; root/model; root/texts.jsonl
+    """root/cache, a stand-in for ~/.cache/ig-pruning with tiny models, which is returned.
 
-    The model is in two shards, with an index. The leads have titles, descriptions and topics.
+    Beside it root/model in shards with an index, root/texts.jsonl, and root/tasks.
     """
     cache, rng = root / "cache", np.random.default_rng(0)
     cache.mkdir(parents=True)
@@ -154,4 +179,7 @@ def make_home(root):
     (cache / "summaries_en-us.json").write_text(json.dumps(leads))
     texts = [json.dumps({"text": lead["extract"]}) for lead in leads.values()]
     (root / "texts.jsonl").write_text("\n".join(texts[:60]) + "\n")
+    (root / "tasks").mkdir()
+    for task, row in ROWS.items():
+        (root / f"tasks/{task}.jsonl").write_text("\n".join([json.dumps(row)] * 5) + "\n")
     return cache

@@ -184,9 +184,10 @@ TARGETS = {  # kind -> what is damaged, what more is on the command line
     "config": ("model/config.json", []), "weights": ("model/*.safetensors", []),
     "index": ("model/model.safetensors.index.json", []),
     "tokenizer": ("model/tokenizer.json", []), "texts": ("texts.jsonl", []),
-    "router": ("run/router.safetensors", ["--router"]),
+    "router": ("run/router.safetensors", []),
     "run folder": ("run/*", ["--method", "dense,static,igp"]),
-    "rows": ("cache/summaries_en-us.json", ["--tasks", "wiki_what"]),
+    "rows": ("tasks/*.jsonl", []),
+    "leads": ("cache/summaries_en-us.json", ["--tasks", "wiki_what"]),
     "wheel": ("some_data-1.0-py3-none-any.whl", ["--tasks", "wiki_what"]),
 }
 
@@ -204,8 +205,8 @@ def one(kind: str, base: Path, root: Path, rng: random.Random, writes: Writes) -
             path.rename(hub.CACHE / path.name)
     if kind != "run folder":
         out = root / "out"
-    if kind == "router":
-        more = ["--router", str(path)]
+    more = {"rows": ["--tasks-dir", str(root / "tasks")], "router": ["--router", str(path)]}.get(
+        kind, more)
     argv = ["--model", str(root / "model"), "--calibration", str(root / "texts.jsonl"), "--preset",
             "demo", "--clusters", "2", "--samples", "8", "--dtype", "float32", "--out", str(out),
             *(["--method", "dense"] if kind not in ("router", "run folder") else []), *more]

@@ -1,5 +1,6 @@
 """hub.py without a network; and the embedded default against transformers' GGUF loader."""
 import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, edit_json, make_tokenizer
+from conftest import ROOT, ROWS, edit_json, make_tokenizer
 
+import evaluate
 import hub
 
 
@@ -73,6 +75,53 @@ def test_a_malformed_line_is_numbered(tmp_path, bad):
         hub.calibration_texts(str(path), None)
 
 
+@pytest.mark.parametrize(("task", "call"), [
+    ("openbookqa", ("allenai/openbookqa", "main", "test")),
+    ("winogrande", ("allenai/winogrande", "winogrande_xl", "validation")),
+    ("hellaswag", ("Rowan/hellaswag", None, "validation")),
+    ("piqa", ("baber/piqa", None, "validation")),
+    ("arc_easy", ("allenai/ai2_arc", "ARC-Easy", "test")),
+    ("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge", "test"))])
+def test_rows_of_a_task_from_the_hub_or_a_folder(tmp_path, monkeypatch, task, call):
+    """The split that lm-evaluation-harness scores; the same rows give the same questions."""
+    import datasets
+    rows = [ROWS[task] | {"id": str(i)} for i in range(4)]
+
+    def load_dataset(path, configuration, *, split):
+        assert (path, configuration, split) == call
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = hub.task_rows(task, None, 3)
+    assert [where for where, _ in found] == [f"{call[0]} row {i}" for i in range(3)]
+    path = tmp_path / f"{task}.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    filed = hub.task_rows(task, str(tmp_path), 3)
+    assert [where for where, _ in filed] == [f"{path} line {i}" for i in (1, 3, 5)]
+    for (_, a), (_, b) in zip(found, filed, strict=True):
+        assert evaluate.read_row(task, a) == evaluate.read_row(task, b)
+    assert [len(hub.task_rows(task, x, None)) for x in (None, str(tmp_path))] == [4, 4]
+
+
+def test_bad_files_of_rows_are_named(tmp_path, monkeypatch):
+    import datasets
+    path = tmp_path / "piqa.jsonl"
+    with pytest.raises(ValueError, match="has no piqa.jsonl; name the tasks"):
+        hub.task_rows("piqa", str(tmp_path), None)
+    for text, named in (("", "holds no rows"), ("{}\n{", "line 2 holds no JSON object"),
+                        ("[]", "line 1 holds no JSON object"), ("\n\xff", "line 2 is not UTF-8")):
+        path.write_bytes(text.encode("latin1"))
+        with pytest.raises(ValueError, match=f"piqa.jsonl.* {named}"):
+            hub.task_rows("piqa", str(tmp_path), None)
+
+    def gone(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(ValueError, match="baber/piqa do not come .*no route.*--tasks-dir FOLDER"):
+        hub.task_rows("piqa", None, None)
+
+
 def test_split_is_fixed_disjoint_and_whole():
     texts = [{"text": str(i)} for i in range(1500)]
     train, select, judge = hub.split(texts)
@@ -105,13 +154,15 @@ def refuse(name, repo_type):
 def test_an_unreachable_hub_is_one_line_with_the_ways_out(monkeypatch):
     fake_api(monkeypatch, refuse)
     with pytest.raises(ValueError, match="no route to meta-llama/Meta-Llama-3-8B") as caught:
-        hub.check_access("meta-llama/Meta-Llama-3-8B", "fineweb-edu")
+        hub.check_access("meta-llama/Meta-Llama-3-8B", "fineweb-edu", [])
     for way in ("https://huggingface.co/meta-llama/Meta-Llama-3-8B", "hf auth login",
-                "--model FOLDER",
-                "--calibration wikipedia|FILE", "`python igp.py`"):
+                "--model FOLDER", "--calibration wikipedia|FILE", "--tasks-dir FOLDER",
+                "`python igp.py`"):
         assert way in str(caught.value)
     with pytest.raises(ValueError, match="fineweb-edu"):
-        hub.check_access(hub.EMBEDDED, "fineweb-edu")
+        hub.check_access(hub.EMBEDDED, "fineweb-edu", [])
+    with pytest.raises(ValueError, match="Rowan/hellaswag and allenai/ai2_arc .*route to Rowan"):
+        hub.check_access(hub.EMBEDDED, "wikipedia", ["hellaswag", "arc_easy", "arc_challenge"])
 
 
 def test_a_slow_hub_is_given_up(monkeypatch):
@@ -119,17 +170,17 @@ def test_a_slow_hub_is_given_up(monkeypatch):
     fake_api(monkeypatch, lambda *_, **__: time.sleep(5))
     start = time.perf_counter()
     with pytest.raises(ValueError, match="no answer in 0.2 s"):
-        hub.check_access("Qwen/Qwen3-8B", "wikipedia")
+        hub.check_access("Qwen/Qwen3-8B", "wikipedia", [])
     assert time.perf_counter() - start < 4
 
 
 def test_a_run_without_the_hub_does_not_ask_it(monkeypatch, tmp_path):
     fake_api(monkeypatch, refuse)
     (tmp_path / "texts.txt").write_text("text\n")
-    hub.check_access(hub.EMBEDDED, "wikipedia")
-    hub.check_access(tmp_path, str(tmp_path / "texts.txt"))
+    hub.check_access(hub.EMBEDDED, "wikipedia", [])
+    hub.check_access(tmp_path, str(tmp_path / "texts.txt"), [])
     with pytest.raises(ValueError, match="--calibration wikipedai is no file.*nearest: wikipedia"):
-        hub.check_access(hub.EMBEDDED, "wikipedai")
+        hub.check_access(hub.EMBEDDED, "wikipedai", [])
 
 
 def test_texts_that_stop_coming_are_one_line(monkeypatch):

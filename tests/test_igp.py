@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, WORDS, hook_gates, make_reference, make_tokenizer
+from conftest import ROOT, ROWS, WORDS, edit_json, hook_gates, make_reference, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -303,6 +304,75 @@ def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
     assert igp.main([*command, "--method", "igp"]) == 0  # without the task
     out = capsys.readouterr().out
     assert "| igp |" in out and "wiki_what (n" not in out  # a column only where all rows have it
+
+
+@pytest.fixture
+def six(command, home):
+    """The command with five rows of each of the six tasks."""
+    return [*command, "--tasks-dir", str(home / "tasks"), "--samples", "4"]
+
+
+def test_the_six_tasks_their_table_and_their_samples(six, tmp_path, capsys):
+    assert igp.main([*six, "--log-samples", "--limit", "4"]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    router = routing.load(tmp_path / "run/router.safetensors")
+    for row in rows:
+        assert list(row["tasks"]) == list(evaluate.FIELDS)
+        for task, scores in row["tasks"].items():
+            path = tmp_path / f"run/samples-{row['name']}-{task}.jsonl"
+            lines = [json.loads(line) for line in path.open()]
+            assert [x["row"] for x in lines] == [0, 1, 2, 3]
+            assert scores["acc"] == np.mean([x["acc"] for x in lines]) and scores["n"] == 4
+            for x in lines:
+                assert len(x["loglikelihood"]) == len(x["contexts"]) == len(x["continuations"])
+                assert x["continuations"][0][0] == " " and (x["acc_norm"] is None) == (
+                    task == "winogrande")
+                assert (x["cluster"] is None) == (row["name"] == "dense")
+                assert x["acc"] == (int(np.argmax(x["loglikelihood"])) == x["gold"])
+            if row["name"] == "igp":                             # routed on the context alone
+                encoder = routing.open_encoder(hub.encoder_folder(), "cpu", torch.float32)
+                text = "People think " if task == "winogrande" else lines[0]["contexts"][0]
+                e = torch.tensor(routing.encode(encoder, [text]))
+                assert lines[0]["cluster"] == ((e - router.mu) ** 2).sum(1).argmin()
+    table = [x for x in out.splitlines() if "winogrande (n=4)" in x or x.count("±") == 6]
+    assert len(table) == 4 and table[0].endswith("| average | % of dense |")
+    shown = [100 * x["acc" if x["acc_norm"] is None else "acc_norm"]
+             for x in rows[1]["tasks"].values()]
+    assert f"| {np.mean(shown):.2f} |" in table[2] and table[1].endswith("| 100.00% |")
+
+
+def test_a_finished_task_is_not_asked_again_unless_it_changed(six, tmp_path, capsys, monkeypatch):
+    asked, ask = [], igp.ask
+    monkeypatch.setattr(igp, "ask", lambda run, name, task, router: (
+        asked.append(task), ask(run, name, task, router))[1])
+    dense = [*six, "--method", "dense", "--tasks"]
+    for more, wanted in ((["piqa"], ["piqa"]), (["piqa,arc_easy"], ["arc_easy"]), (["piqa"], []),
+                         (["piqa", "--limit", "2"], ["piqa"]),
+                         (["piqa", "--limit", "2", "--bos", "off"], ["piqa"]),
+                         (["piqa", "--limit", "2", "--bos", "off", "--log-samples"], ["piqa"]),
+                         (["piqa", "--limit", "2", "--bos", "off", "--log-samples"], [])):
+        asked.clear()
+        assert igp.main([*dense, *more]) == 0
+        assert asked == wanted, more
+
+
+def test_bad_rows_and_a_missing_bos_are_refused_before_the_model_is_read(six, home, tmp_path,
+                                                                         capsys, monkeypatch):
+    monkeypatch.setattr(llm, "load", None)
+    folder = tmp_path / "tasks"
+    shutil.copytree(home / "tasks", folder)
+    bad = [*six, "--tasks-dir", str(folder), "--tasks", "arc_easy"]
+    for text, named in (('{"question": "q"}', "line 1: field choices is 'None', expected dict"),
+                        ("{", "line 1 holds no JSON object"), ("", "holds no rows"),
+                        (json.dumps(ROWS["arc_easy"] | {"answerKey": "Z"}), "answerKey is 'Z'")):
+        (folder / "arc_easy.jsonl").write_text(text)
+        line = refused(bad, capsys)
+        assert "arc_easy.jsonl" in line and named in line
+    (folder / "arc_easy.jsonl").unlink()
+    assert "has no arc_easy.jsonl" in refused(bad, capsys)
+    edit_json(tmp_path / "qwen3-False-True/config.json", bos_token_id=None)
+    assert "--bos on: bos_token_id" in refused([*six, "--bos", "on"], capsys)
 
 
 @pytest.mark.parametrize(("change", "named"), [
