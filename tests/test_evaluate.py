@@ -224,6 +224,11 @@ def test_prompts_of_the_six_tasks(task):
     assert question.routed == ("People think " if task == "winogrande" else question.contexts[0])
 
 
+def test_the_first_blank_is_the_one_to_fill():
+    question = evaluate.read_row("winogrande", ROWS["winogrande"] | {"sentence": "a _ b _ c"})
+    assert question.contexts[0] == "a Samantha" and question.choices[0] == "b _ c"
+
+
 @pytest.mark.parametrize(("task", "change", "named"), [
     ("openbookqa", {"question_stem": None}, "field question_stem is 'None', expected str"),
     ("openbookqa", {"answerKey": "C"}, "field answerKey is 'C', expected one of A, B"),

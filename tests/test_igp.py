@@ -312,8 +312,12 @@ def six(command, home):
     return [*command, "--tasks-dir", str(home / "tasks"), "--samples", "4"]
 
 
-def test_the_six_tasks_their_table_and_their_samples(six, tmp_path, capsys):
+def test_the_six_tasks_their_table_and_their_samples(six, tmp_path, capsys, monkeypatch):
+    encoded, encode = [], routing.encode
+    monkeypatch.setattr(routing, "encode", lambda encoder, texts: (
+        encoded.append(set(texts)), encode(encoder, texts))[1])
     assert igp.main([*six, "--log-samples", "--limit", "4"]) == 0
+    assert {"People think "} in encoded and {ROWS["openbookqa"]["question_stem"]} in encoded
     out = capsys.readouterr().out
     rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
     router = routing.load(tmp_path / "run/router.safetensors")
@@ -371,8 +375,9 @@ def test_bad_rows_and_a_missing_bos_are_refused_before_the_model_is_read(six, ho
         assert "arc_easy.jsonl" in line and named in line
     (folder / "arc_easy.jsonl").unlink()
     assert "has no arc_easy.jsonl" in refused(bad, capsys)
-    edit_json(tmp_path / "qwen3-False-True/config.json", bos_token_id=None)
-    assert "--bos on: bos_token_id" in refused([*six, "--bos", "on"], capsys)
+    for bos in (None, 97, -1, "1"):
+        edit_json(tmp_path / "qwen3-False-True/config.json", bos_token_id=bos)
+        assert "--bos on: bos_token_id" in refused([*six, "--bos", "on"], capsys)
 
 
 @pytest.mark.parametrize(("change", "named"), [
