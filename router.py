@@ -154,8 +154,10 @@ def main() -> None:
     path = Path(args.router or f"runs/{hub.EMBEDDED}-0.25-demo/router.safetensors")
     if path.exists() or args.router:
         router, results = load(path), path.parent / "results.json"
-        found = json.loads(results.read_text())["clusters_found"] if results.exists() else []
-        nearest_texts = [", ".join(x["nearest"]) for x in found] or ["?"] * len(router.mu)
+        found = json.loads(results.read_text()).get("clusters_found") if results.exists() else None
+        nearest_texts = ["?"] * len(router.mu)
+        if found and len(found) == len(router.mu):                # results of this very router
+            nearest_texts = [", ".join(x["nearest"]) for x in found]
     else:
         print(f"There is no {path} (`python igp.py` makes it): 200 leads are clustered instead, "
               "and no block is skipped.\n")

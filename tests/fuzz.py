@@ -1,6 +1,6 @@
 """Damages valid inputs, one at a time; each must be refused in one line or give a correct result.
 
-Run:  python tests/fuzz.py [number of inputs]    (200 if not given; about three minutes)
+Run:  python tests/fuzz.py [number of inputs]    (200 if not given; under a minute)
 Damaged are config.json, safetensors headers and data, the index, tokenizer.json, a router, a run
 folder's results.json and routers, the rows of a task, calibration texts, and a wheel.
 Refused: exit status 2, one line on stderr. Correct: exit status 0 and the perplexity that
