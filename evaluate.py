@@ -311,14 +311,8 @@ def picture(z: Tensor) -> str:
 
 
 def report(results: dict) -> str:
-    """results.json as Markdown: methods, tasks, clusters with masks, N x N matrix, seconds."""
-    rows = [[row["name"], " ".join(map(str, row["attention_skipped"])) or "-",
-             " ".join(map(str, row["ffn_skipped"])) or "-", f"{row['flops_ratio']:.1%}",
-             f"{row['flops_ratio_with_router']:.1%}", f"{row['ppl']:.2f}",
-             row["training_tokens"], f"{row['seconds']:.0f}"] for row in results["rows"]]
-    head = ["method", "skipped attention", "skipped FFN", "FLOPs", "FLOPs + router", "perplexity",
-            "training tokens", "seconds"]
-    parts = [markdown(head, rows), *task_report(results["rows"])]
+    """results.json as Markdown: methods, clusters with masks, N x N matrix, seconds."""
+    parts = [method_report(results["rows"])]
     if results["matrix"]:
         parts.append(cluster_report(results["clusters_found"], results["masks"]))
         sizes = [mask["judging_texts"] for mask in results["masks"]]
@@ -329,28 +323,39 @@ def report(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def task_report(rows: list[dict]) -> list[str]:
-    """The layout of Table 1: methods x tasks that all have, average and share of the dense one.
+def method_report(rows: list[dict]) -> str:
+    """The layout of Table 1, methods x tasks, average and share of the dense one; then the cost.
 
-    acc_norm, or acc where there is no other (WinoGrande), in percent, ± its standard error.
+    acc_norm, or acc where there is no other (WinoGrande), in percent, ± its standard error; "-"
+    where a method was not asked, or asked other questions than the first that was. Skipped blocks
+    are those of the one mask, or of the least and the most of several.
     """
-    tasks = [task for task in rows[0]["tasks"] if all(task in row["tasks"] for row in rows)]
-    if not tasks:
-        return []
-    averages, lines = {}, []
+    asked, averages, lines = {}, {}, []
+    for task, s in ((task, s) for row in rows for task, s in row["tasks"].items()):
+        asked.setdefault(task, s)
     for row in rows:
         cells, values = [], []
-        for s in (row["tasks"][task] for task in tasks):
-            key = "acc" if s["acc_norm"] is None else "acc_norm"
-            values.append(100 * s[key])
-            cells.append(f"{100 * s[key]:.2f} ± {100 * s[f'{key}_stderr']:.2f}")
-        average = averages[row["name"]] = sum(values) / len(values)
-        share = f"{average / averages['dense']:.2%}" if "dense" in averages else "-"
-        lines.append([row["name"], f"{row['sparsity']:.1%}", *cells, f"{average:.2f}", share])
-    first = rows[0]["tasks"]
-    head = ["method", "sparsity", *(f"{task} (n={first[task]['n']})" for task in tasks), "average",
-            "% of dense"]
-    return [markdown(head, lines)]
+        for task, first in asked.items():
+            s = row["tasks"].get(task, {"questions": None})
+            key = "acc" if s.get("acc_norm") is None else "acc_norm"
+            same = s["questions"] == first["questions"]
+            values.append(100 * s[key] if same else None)
+            cells.append(f"{100 * s[key]:.2f} ± {100 * s[f'{key}_stderr']:.2f}" if same else "-")
+        if asked:
+            whole = None not in values
+            average = averages[row["name"]] = sum(values) / len(values) if whole else None
+            dense = averages.get("dense")
+            cells += [f"{average:.2f}" if whole else "-",
+                      f"{average / dense:.2%}" if whole and dense else "-"]
+        skipped = ["-".join(map(str, sorted({min(n), max(n)}))) if n else "0"
+                   for n in (row["attention_skipped"], row["ffn_skipped"])]
+        lines.append([row["name"], f"{row['sparsity']:.1%}", *cells, *skipped,
+                      f"{row['flops_ratio']:.1%}", f"{row['flops_ratio_with_router']:.1%}",
+                      f"{row['ppl']:.2f}", row["forward_tokens"], f"{row['seconds']:.0f}"])
+    return markdown([
+        "method", "sparsity", *(f"{task} (n={s['n']})" for task, s in asked.items()),
+        *(("average", "% of dense") if asked else ()), "skipped attention", "skipped FFN", "FLOPs",
+        "FLOPs + router", "perplexity", "forward tokens", "seconds"], lines)
 
 
 def cluster_report(found: list[dict], masks: list[dict]) -> str:

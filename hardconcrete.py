@@ -67,20 +67,31 @@ def blocks_to_skip(s_target: float, B: int) -> int:
     return math.floor(s_target * B + 0.5)
 
 
-def harden(log_alpha: Tensor, n_skip: int) -> Tensor:
-    """The binary z of Stage 2: the n_skip smallest log_alpha become 0, all others 1.
+def harden(log_alpha: Tensor, to_skip: float, weight: Tensor | None = None) -> Tensor:
+    """The binary z of Stage 2: the smallest log_alpha become 0 until to_skip is met, all others 1.
 
     log_alpha (B,); z boolean (B,). Of equal log_alpha the lower index is skipped first.
+    to_skip is a number of blocks or, with weight (B,) > 0, a sum of theirs: then blocks that it is
+    met without are kept after all, the largest log_alpha first.
     Silent: the paper does not say how z is binarised. This meets the target exactly.
-    Raises ValueError unless 0 <= n_skip <= B and every log_alpha is a number.
+    Raises ValueError unless 0 <= to_skip <= B (or the sum), and every log_alpha is a number.
     """
-    B = log_alpha.numel()
-    if not 0 <= n_skip <= B:
-        raise ValueError(f"n_skip={n_skip} is outside [0, B] = [0, {B}]")
+    weight = torch.ones(log_alpha.numel()) if weight is None else weight
+    total, most = 0.0, weight.sum().item()
+    if not 0 <= to_skip <= most:
+        raise ValueError(f"to_skip={to_skip} is outside [0, {most:g}]")
     if log_alpha.isnan().any():
         raise ValueError("log_alpha holds NaN: this mask is not trained")
-    z = torch.ones(B, dtype=torch.bool)
-    z[torch.argsort(log_alpha.cpu(), stable=True)[:n_skip]] = False
+    order, skipped = torch.argsort(log_alpha.cpu(), stable=True).tolist(), []
+    while total < to_skip - EPS * most:
+        skipped.append(order[len(skipped)])
+        total += weight[skipped[-1]].item()
+    for i in reversed(skipped):
+        if total - weight[i].item() >= to_skip - EPS * most:
+            skipped.remove(i)
+            total -= weight[i].item()
+    z = torch.ones(len(order), dtype=torch.bool)
+    z[skipped] = False
     return z
 
 

@@ -3,7 +3,7 @@
 Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Large Language Models",
         arXiv:2511.02213. This file is its Figure 2: Stage 1 clusters calibration texts and trains
         a mask per cluster, Stage 2 gives each input the mask of its nearest centroid.
-Left out: rival methods, generation.
+Left out: generation; rival methods (baselines.py).
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts;
         b texts and w tokens in a batch, d hidden width, v vocabulary. Here t is the current
         sparsity of Eq. 7. z = 1 keeps a block, 0 skips it.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import evaluate
 import hub
 import model as llm
@@ -35,7 +36,8 @@ import router as routing
 from hardconcrete import GATES, blocks_to_skip, harden, lagrangian, sample_u, sample_z
 from kmeans import closest, kmeans, purity
 
-METHODS = ("dense", "static", "igp")
+TRAINED = ("static", "igp")
+METHODS = ("dense", *TRAINED, *baselines.RIVALS)
 TASKS = ("wiki_what", *evaluate.FIELDS)
 # "paper": rates, N, samples and length of Table 5. Silent: its M, epochs and batch size.
 # "demo": sized for minutes on two CPU cores. Deviates: twice the rate of log_alpha.
@@ -54,8 +56,8 @@ CHOOSING = 32    # training texts that choose between a mask's candidates, see `
 JUDGED = 512     # Silent: tokens of a held-out text that are judged; Table 5's training length
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
-            "batch_size", "lr", "lr_lambda", "gate", "sparsity", "seed", "dtype", "preset",
-            "router")
+            "batch_size", "lr", "lr_lambda", "gate", "granularity", "budget", "sparsity", "seed",
+            "dtype", "preset", "router")
 
 # ------------------------------------------------------------------ Stage 1: training a mask
 
@@ -75,16 +77,42 @@ def lm_loss(model: llm.Transformer, hidden: Tensor, targets: Tensor) -> tuple[Te
     return loss / len(targets), torch.cat(gradients) / len(targets)
 
 
-def new_mask(B: int, args: argparse.Namespace, name: str) -> dict:
-    """What is trained for one mask, log_alpha (B,) and lambda_1, lambda_2, with its optimiser.
+def gate_weights(config: llm.Config, args: argparse.Namespace) -> Tensor:
+    """What each gate counts in t and s_target, float32: (B,), or (L,) with --granularity layer.
 
-    All in float32 on the CPU, whatever the model's dtype and device.
+    Deviates: --budget flops counts a block by its share of the blocks' FLOPs, in texts of --length;
+    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
+    (Sec. 4.3).
     """
-    log_alpha = torch.full((B,), LOG_ALPHA, requires_grad=True)
+    weight = torch.ones(config.num_hidden_layers, 2)
+    if args.budget == "flops":
+        gone = torch.ones(2, 2 * config.num_hidden_layers, dtype=torch.bool)
+        gone[[0, 1], [0, 1]] = False                             # an attention, or an FFN block
+        dense, *rest = (llm.flops(config, args.length, z) for z in (None, *gone))
+        weight = weight * (torch.tensor([dense - x for x in rest]) / (2 * dense - sum(rest)))
+    return weight.sum(1) if args.granularity == "layer" else weight.flatten()
+
+
+def hard_z(log_alpha: Tensor, weight: Tensor, args: argparse.Namespace) -> Tensor:
+    """The binary z (B,) of the gates (B,), or (L,) if layers; at --sparsity of their weight."""
+    if args.budget == "flops":
+        z = harden(log_alpha, args.sparsity * weight.sum().item(), weight)
+    else:
+        z = harden(log_alpha, blocks_to_skip(args.sparsity, len(weight)))
+    return z.repeat_interleave(2) if args.granularity == "layer" else z
+
+
+def new_mask(weight: Tensor, args: argparse.Namespace, name: str) -> dict:
+    """What is trained for one mask, log_alpha and lambda_1, lambda_2, with its optimiser.
+
+    weight: of `gate_weights`. All in float32 on the CPU, whatever the model's dtype and device.
+    """
+    log_alpha = torch.full(weight.shape, LOG_ALPHA, requires_grad=True)
     lambdas = torch.zeros(2, requires_grad=True)  # they ascend as soon as t is not s_target
     adam = torch.optim.Adam([{"params": [log_alpha], "lr": args.lr},
                              {"params": [lambdas], "lr": args.lr_lambda, "maximize": True}])
-    return {"name": name, "log_alpha": log_alpha, "lambdas": lambdas, "adam": adam}
+    return {"name": name, "weight": weight, "log_alpha": log_alpha, "lambdas": lambdas,
+            "adam": adam}
 
 
 def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.Namespace,
@@ -93,22 +121,24 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
 
     steps: (texts, rate) pairs, texts being lists of token ids, at least 2 each, and rate in 0-1 a
     factor of --lr. generator: on the CPU, for u. Only z gets gradients, so that a step costs two
-    forwards, not three. Returns log_alpha (B,) half-way and at the end.
+    forwards, not three. Returns log_alpha half-way and at the end.
     Raises ValueError when the loss is not finite, with the step.
     Silent: one u per text; L_LM is the mean over tokens; Adam with betas 0.9, 0.999, eps 1e-8.
     Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it.
     """
     log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
+    share = mask["weight"] / mask["weight"].sum()
     device, kept, bar = model.head_weight.device, [], tqdm(steps, mask["name"], disable=None)
     for step, (texts, rate) in enumerate(bar):
         w = max(map(len, texts))
         tokens = torch.tensor([x + [0] * (w - len(x)) for x in texts], device=device)  # (b, w)
         targets = torch.tensor(sum([x[1:] for x in texts], []), device=device)         # (n,)
-        u = sample_u((len(texts), model.B), generator)           # (b, B)  Eq. 3
-        z = sample_z(log_alpha, u, args.gate)                    # (b, B)  Eq. 4-6
-        t = 1 - z.mean()                                         # t of Eq. 7, as we count it
+        u = sample_u((len(texts), len(log_alpha)), generator)    # (b, B or L)  Eq. 3
+        z = sample_z(log_alpha, u, args.gate)                    # (b, B or L)  Eq. 4-6
+        t = 1 - (z @ share).mean()                               # t of Eq. 7, as we count it
         L_s = lagrangian(t, args.sparsity, *lambdas)             # Eq. 7
-        hidden = model(tokens, z.to(device))                     # (b, w, d)
+        gates = z.repeat_interleave(model.B // len(share), 1)    # (b, B)
+        hidden = model(tokens, gates.to(device))                 # (b, w, d)
         hidden = torch.cat([h[:len(x) - 1] for h, x in zip(hidden, texts, strict=True)])  # (n, d)
         L_lm, gradient = lm_loss(model, hidden, targets)
         if not torch.isfinite(L_lm + L_s.detach().to(device)):
@@ -125,8 +155,8 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
     return kept
 
 
-def choose(model: llm.Transformer, candidates: list[Tensor], n_skip: int, texts: list) -> Tensor:
-    """The log_alpha (B,) of `candidates` whose hardened z has the lowest loss on `texts`.
+def choose(model: llm.Transformer, candidates: list[Tensor], texts: list, hard) -> Tensor:
+    """The log_alpha of `candidates` whose z, hard(log_alpha), has the lowest loss on `texts`.
 
     Deviates: the paper hardens the last log_alpha. Gates are soft in training, so that which of
     two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
@@ -134,7 +164,7 @@ def choose(model: llm.Transformer, candidates: list[Tensor], n_skip: int, texts:
     """
     requests, losses = [(x[:1], [x[1:]]) for x in texts], {}
     for log_alpha in candidates:
-        z = harden(log_alpha, n_skip)
+        z = hard(log_alpha)
         if (key := tuple(z.tolist())) not in losses:
             loglik = evaluate.loglikelihoods(model, requests, z.expand(len(texts), -1))
             losses[key] = (-sum(x[0] for x in loglik), log_alpha)
@@ -196,18 +226,15 @@ def open_run(args: argparse.Namespace) -> Run:
     questions = {task: open_task(task, args) for task in args.tasks}
     folder = hub.model_folder(name)
     config = llm.check_weights(folder).config
-    B = 2 * config.num_hidden_layers
-    n_skip = blocks_to_skip(args.sparsity, B)
-    if args.method != ["dense"] and not 0 < n_skip < B:
-        raise ValueError(f"--sparsity {args.sparsity} skips {n_skip} of {B} blocks; "
-                         f"expected 1 to {B - 1} (for 0: --method dense)")
+    check_sparsity(config, args)
     tokenizer, bos = hub.load_tokenizer(folder), args.bos
     bos = bos_id(folder, config) if bos == "on" else bos
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
                          f"{config.vocab_size}: they belong to different models")
-    router = finished_router(args.router, name, B) if args.router else None
+    router = finished_router(args.router, name, 2 * config.num_hidden_layers) if (
+        args.router) else None
     encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
     encoder = routing.open_encoder(encoder_folder, args.device, dtype)
     texts = texts or hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
@@ -223,6 +250,19 @@ def open_run(args: argparse.Namespace) -> Run:
         routing.route(router, routing.encode(encoder, [train[0]["text"]]))
     return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, bos, encoder,
                encoder_folder, train, judge, questions, results, router)
+
+
+def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
+    """ValueError where a method cannot skip as much as --sparsity says."""
+    L = config.num_hidden_layers
+    for name in set(args.method) - {"dense"}:
+        layers = name in baselines.RIVALS or args.granularity == "layer"
+        n = L if layers else 2 * L
+        most = L - baselines.RIVALS[name][1] if name in baselines.RIVALS else n - 1
+        skipped, unit = blocks_to_skip(args.sparsity, n), "layers" if layers else "blocks"
+        if not 0 < skipped <= most:
+            raise ValueError(f"--sparsity {args.sparsity} skips {skipped} of {n} {unit}; {name} "
+                             f"can skip 1 to {most} (for 0: --method dense)")
 
 
 def bos_id(folder: Path, config: llm.Config) -> int:
@@ -284,7 +324,7 @@ def open_results(args: argparse.Namespace, out: Path) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
     packages = ("torch", "numpy", "safetensors", "tokenizers", "sentence-transformers")
-    return {"model": args.model, "sparsity_target": args.sparsity, "budget": "blocks",
+    return {"model": args.model, "sparsity_target": args.sparsity, "budget": args.budget,
             "clusters": args.clusters, "calibration": args.calibration, "seed": args.seed,
             "preset": args.preset, "arguments": vars(args),
             "versions": {name: version(name) for name in packages},
@@ -312,12 +352,12 @@ def stage(run: Run, name: str):
 
 
 def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator) -> list[Tensor]:
-    """`train_mask`; the mask's predicted tokens and seconds go to results["training"]."""
+    """`train_mask`; the mask's cost goes to results["training"]: a step is two forwards."""
     start = time.perf_counter()
     kept = train_mask(run.model, mask, steps, run.args, generator)
+    tokens = sum(len(x) - 1 for texts, _ in steps for x in texts)
     run.results["training"][mask["name"]] = {                    # a mask trained again counts once
-        "tokens": sum(len(x) - 1 for texts, _ in steps for x in texts),
-        "seconds": time.perf_counter() - start}
+        "tokens": tokens, "forward_tokens": 2 * tokens, "seconds": time.perf_counter() - start}
     spent = run.results["training"].values()
     run.results["training_tokens_per_second"] = (
         sum(x["tokens"] for x in spent) / sum(x["seconds"] for x in spent))
@@ -331,7 +371,7 @@ def shared_start(run: Run) -> dict:
     """
     if run.shared is None:
         args, generator = run.args, torch.Generator().manual_seed(run.args.seed * 2**20)
-        run.shared = new_mask(run.model.B, args, "shared start")
+        run.shared = new_mask(gate_weights(run.model.config, args), args, "shared start")
         n = round(args.samples * args.epochs * args.clusters * SHARED[args.preset])
         batches = draw([x["tokens"] for x in run.train], n, args, generator)
         train_timed(run, run.shared, [(x, 1.0) for x in batches], generator)
@@ -343,17 +383,25 @@ def begun_router(run: Run, path: Path, mu: np.ndarray) -> routing.Router:
 
     Raises ValueError for a file that this very run did not write.
     """
-    identity, n_skip = {key: getattr(run.args, key) for key in IDENTITY}, blocks_to_skip(
-        run.args.sparsity, run.model.B)
-    new = routing.Router(torch.from_numpy(mu), torch.ones(len(mu), run.model.B, dtype=torch.bool),
-                         torch.full((len(mu), run.model.B), torch.nan), identity)
+    args, shape = run.args, (len(mu), run.model.B)
+    identity, weight = {key: getattr(args, key) for key in IDENTITY}, gate_weights(
+        run.model.config, args)
+    new = routing.Router(torch.from_numpy(mu), torch.ones(shape, dtype=torch.bool),
+                         torch.full(shape, torch.nan), identity)
     if not path.exists():
         return new
     old = routing.load(path)
     trained = ~old.log_alpha.isnan().any(1)
+
+    def hardened(log_alpha: Tensor) -> Tensor:
+        """The z (B,) of a row of the file."""
+        if path.stem in baselines.RIVALS:
+            return log_alpha > 0
+        return hard_z(log_alpha.view(len(weight), -1)[:, 0], weight, args)
+
     if (old.identity != identity or old.z.shape != new.z.shape or old.mu.shape != new.mu.shape
             or not torch.allclose(old.mu, new.mu, atol=0.01)     # another machine rounds otherwise
-            or any(not torch.equal(z, harden(log_alpha, n_skip))
+            or any(not torch.equal(z, hardened(log_alpha))
                    for z, log_alpha in zip(old.z[trained], old.log_alpha[trained], strict=True))):
         raise ValueError(f"{path} is a router of another model or run; delete it, or choose "
                          "another --out")
@@ -371,7 +419,7 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
     path = run.out / ("router.safetensors" if method == "igp" else f"{method}.safetensors")
     router = begun_router(run, path, mu)
     n = round(args.samples * args.epochs * (1 - SHARED[args.preset]) * args.clusters / N)
-    n_skip = blocks_to_skip(args.sparsity, B)
+    weight = gate_weights(run.model.config, args)
     for k in (k for k in range(N) if router.log_alpha[k].isnan().any()):
         number = 2 + k if method == "igp" else 1                 # a generator of its own per mask
         generator = torch.Generator().manual_seed(args.seed * 2**20 + number)
@@ -382,11 +430,43 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
         candidates = [mask["log_alpha"].detach().clone()] if SHARED[args.preset] else []
         candidates += train_timed(run, mask, steps, generator)
         texts = sum(batches, [])[:CHOOSING]
-        router.log_alpha[k] = choose(run.model, candidates, n_skip, texts)
-        router.z[k] = harden(router.log_alpha[k], n_skip)
+        log_alpha = choose(run.model, candidates, texts, lambda x: hard_z(x, weight, args))
+        router.log_alpha[k] = log_alpha.repeat_interleave(B // len(weight))
+        router.z[k] = hard_z(log_alpha, weight, args)
         run.save()                                               # first: it counts what is trained
         routing.save(router, path)
     return router
+
+
+def search_rival(run: Run, name: str) -> routing.Router:
+    """The one z of a rival of baselines.py, as a router with N = 1, saved; log_alpha is 1 or -1.
+
+    Deviates: a rival may spend as many forward tokens as the training of igp's masks together, see
+    baselines.CAP.
+    """
+    args, L = run.args, run.model.config.num_hidden_layers
+    d_e = routing.encode(run.encoder, [run.train[0]["text"]]).shape[1]
+    path = run.out / f"{name}.safetensors"
+    router = begun_router(run, path, np.zeros((1, d_e), np.float32))
+    if router.log_alpha.isnan().any():
+        cap = training_tokens(args)
+        search = baselines.Search(
+            run.model, [x["tokens"] for x in run.train], blocks_to_skip(args.sparsity, L),
+            args.granularity == "layer", baselines.CAP and baselines.CAP * cap,
+            np.random.default_rng(args.seed))
+        start = time.perf_counter()
+        router.z[0], spent = baselines.RIVALS[name][0](search)
+        router.log_alpha[0] = 2.0 * router.z[0] - 1
+        run.results["training"][name] = {"tokens": 0, "forward_tokens": spent,
+                                         "seconds": time.perf_counter() - start}
+        run.save()
+        routing.save(router, path)
+    return router
+
+
+def training_tokens(args: argparse.Namespace) -> int:
+    """At most so many tokens train all masks of a method together."""
+    return args.samples * args.epochs * args.clusters * args.length
 
 
 def describe(run: Run, e: np.ndarray, mu: np.ndarray, labels: np.ndarray) -> list[dict]:
@@ -440,14 +520,15 @@ def judge(run: Run, name: str, router: routing.Router | None) -> dict:
             [evaluate.perplexity(row[k == i], n[k == i]) if (k == i).any() else None
              for row in table] for i in range(len(masks))]
     skipped = [] if router is None else (~masks).view(len(masks), -1, 2).sum(1).tolist()
-    spent = [x for part, x in run.results["training"].items()
-             if router is not None and part.split(",")[0] in ("shared start", name)]
+    own = ("shared start", name) if name in TRAINED else (name,)
+    spent = [x for part, x in run.results["training"].items() if part.split(",")[0] in own]
     return {"name": name, "sparsity": 1 - masks.double().mean().item(),
             "attention_skipped": [a for a, _ in skipped], "ffn_skipped": [f for _, f in skipped],
             "flops_ratio": cost[k, each].sum(),
             "flops_ratio_with_router": cost[k, each].sum() + routed,
             "ppl": evaluate.perplexity(table[k, each], n),       # Eq. 10
             "tasks": {}, "training_tokens": sum(x["tokens"] for x in spent),
+            "forward_tokens": sum(x["forward_tokens"] for x in spent),
             "seconds": sum(x["seconds"] for x in spent)}
 
 
@@ -500,9 +581,13 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     add = p.add_argument
     add("--model", default=hub.EMBEDDED, help=f"{hub.EMBEDDED}, {', '.join(hub.HUB_MODELS)}, a hub "
         "id, or a folder with config.json, tokenizer.json and *.safetensors")
-    add("--method", help=f"comma-separated, of {', '.join(METHODS)}; static is igp with N = 1; all "
-        "if not given, or with --router dense,igp")
-    add("--sparsity", type=float, default=0.25, help="share of blocks to skip, 0-1")
+    add("--method", help=f"comma-separated, of {', '.join(METHODS)}, or all; static is igp with "
+        "N = 1; if not given dense,static,igp, or with --router dense,igp")
+    add("--sparsity", type=float, default=0.25, help="share of blocks (see --budget) to skip, 0-1")
+    add("--budget", choices=("blocks", "flops"), default="blocks", help="what --sparsity is a "
+        "share of, in igp and static: the number of blocks, or their FLOPs")
+    add("--granularity", choices=("block", "layer"), default="block", help="igp, static and "
+        "evopress skip attention and FFN blocks by themselves, or whole layers, as other rivals do")
     add("--preset", choices=PRESETS, help="sets the next nine flags where they are not given; demo "
         f"for {hub.EMBEDDED}, paper (Table 5) for any other model")
     # Stage 1
@@ -553,7 +638,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.tasks_dir or args.calibration in hub.HUB_TEXTS:
             args.tasks = ",".join(evaluate.FIELDS)
     if args.method is None:
-        args.method = "dense,igp" if args.router else ",".join(METHODS)
+        args.method = "dense,igp" if args.router else ",".join(("dense", *TRAINED))
+    elif "all" in args.method.split(","):
+        args.method = ",".join(METHODS)
     for key, known in (("method", METHODS), ("tasks", TASKS)):
         names = [name.strip() for name in getattr(args, key).split(",") if name.strip()]
         for name in set(names) - set(known):
@@ -592,8 +679,10 @@ def estimate(run: Run) -> float:
         start = time.perf_counter()
         float((x @ w.T)[0, 0])
         rate = 2 * len(x) * w.numel() / (time.perf_counter() - start)
-    masks, share = len(set(args.method) - {"dense"}), SHARED[args.preset]
-    texts = args.samples * args.epochs * args.clusters * (masks * (1 - share) + bool(masks) * share)
+    masks, share = len(set(args.method) & set(TRAINED)), SHARED[args.preset]
+    rivals = len(set(args.method) & set(baselines.RIVALS))       # each at most as much as igp
+    texts = args.samples * args.epochs * args.clusters * (
+        masks * (1 - share) + bool(masks) * share + rivals)
     passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
     judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
     asked = [q for questions in run.questions.values() for q in questions]
@@ -605,7 +694,10 @@ def estimate(run: Run) -> float:
 def pipeline(run: Run) -> str:
     """The paper's Figure 2, and the report of it."""
     args, results, routers = run.args, run.results, {"dense": None, "igp": run.router}
-    masked = [name for name in args.method if name != "dense" and routers.get(name) is None]
+    for name in (name for name in args.method if name in baselines.RIVALS):
+        with stage(run, f"search of {name}"):
+            routers[name] = search_rival(run, name)
+    masked = [name for name in args.method if name in TRAINED and routers.get(name) is None]
     if masked:                                                   # Stage 1: mask candidates
         with stage(run, "encoding"):
             texts = [x["text"] for x in run.train]

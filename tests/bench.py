@@ -78,8 +78,9 @@ def both_models(dtype: torch.dtype):
 def both_steps(ours: llm.Transformer, reference, generator: torch.Generator):
     """A training step of igp.train_mask, and the same on transformers with hooks, full logits."""
     args = argparse.Namespace(lr=0.1, lr_lambda=0.1, gate="paper", sparsity=0.25)
-    mask, texts = igp.new_mask(60, args, "bench"), torch.randint(20, 49152, (b, w))
-    peer, gates = igp.new_mask(60, args, "peer"), torch.ones(b, 60, dtype=ours.head_weight.dtype)
+    mask, texts = igp.new_mask(torch.ones(60), args, "bench"), torch.randint(20, 49152, (b, w))
+    peer = igp.new_mask(torch.ones(60), args, "peer")
+    gates = torch.ones(b, 60, dtype=ours.head_weight.dtype)
     hook_gates(reference, gates)  # reads `gates` at every call
 
     def step():

@@ -103,10 +103,21 @@ def test_hardening_skips_exactly_n_with_ties_by_index():
     assert harden(log_alpha, 3).tolist() == [False, False, True, True, True, False]
     assert harden(torch.zeros(5), 2).tolist() == [False, False, True, True, True]
     for n in (-1, 7):
-        with pytest.raises(ValueError, match=f"n_skip={n}"):
+        with pytest.raises(ValueError, match=f"to_skip={n}"):
             harden(log_alpha, n)
     with pytest.raises(ValueError, match="NaN"):
         harden(torch.tensor([0.0, torch.nan]), 1)
+
+
+def test_hardening_by_weight_meets_the_sum_and_keeps_what_it_can():
+    """By hand: 0 and 1 go first, 1 + 3 >= 3; without 0 it is still met, so 0 stays."""
+    log_alpha, weight = torch.arange(4.0), torch.tensor([1.0, 3, 1, 3])
+    assert harden(log_alpha, 4, weight).tolist() == [False, False, True, True]
+    assert harden(log_alpha, 3, weight).tolist() == [True, False, True, True]
+    assert harden(log_alpha, 1, weight).tolist() == [False, True, True, True]
+    assert not harden(log_alpha, 8, weight).any()
+    with pytest.raises(ValueError, match="outside .0, 8."):
+        harden(log_alpha, 9, weight)
 
 
 def test_blocks_to_skip_gives_the_papers_counts():

@@ -16,6 +16,7 @@ from conftest import ROOT, ROWS, WORDS, edit_json, hook_gates, make_reference, m
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import evaluate
 import hub
 import igp
@@ -29,7 +30,12 @@ TEXTS = [[5, 9, 11, 3, 40], [7, 20, 21], list(range(30, 50)), [1, 2, 3, 4]]
 
 def arguments(**change):
     return argparse.Namespace(**{"lr": 0.2, "lr_lambda": 0.1, "gate": "paper", "sparsity": 0.25,
-                                 "batch_size": 3, "length": 16, "epochs": 1} | change)
+                                 "batch_size": 3, "length": 16, "epochs": 1, "budget": "blocks",
+                                 "granularity": "block"} | change)
+
+
+def fresh(name="t"):
+    return igp.new_mask(torch.ones(B), arguments(), name)
 
 
 @pytest.fixture
@@ -50,30 +56,68 @@ def test_lm_loss_is_cross_entropy_with_its_gradient(model, monkeypatch):
     torch.testing.assert_close(gradient, hidden.grad)
 
 
-def test_first_step_is_eq_8_by_autograd_on_transformers(model):
+@pytest.mark.parametrize(("budget", "granularity"), [("blocks", "block"), ("flops", "block"),
+                                                      ("blocks", "layer")])
+def test_first_step_is_eq_8_by_autograd_on_transformers(model, budget, granularity):
     """One step from log_alpha = 1; Adam's first step is lr * sign(gradient)."""
-    args, mask = arguments(), igp.new_mask(B, arguments(), "test")
-    generator = torch.Generator().manual_seed(3)
+    args = arguments(budget=budget, granularity=granularity)
+    weight = igp.gate_weights(model.config, args)
+    mask, generator = igp.new_mask(weight, args, "test"), torch.Generator().manual_seed(3)
     igp.train_mask(model, mask, [(TEXTS, 1.0)], args, generator)
 
-    log_alpha, lambdas = torch.ones(B, requires_grad=True), torch.zeros(2, requires_grad=True)
-    u = sample_u((4, B), torch.Generator().manual_seed(3))
+    n_gates = 3 if granularity == "layer" else B
+    log_alpha, lambdas = torch.ones(n_gates, requires_grad=True), torch.zeros(2, requires_grad=True)
+    u = sample_u((4, n_gates), torch.Generator().manual_seed(3))
     z = sample_z(log_alpha, u, "paper")
+    blocks = torch.stack([z, z], 2).flatten(1) if granularity == "layer" else z
     losses, n = 0, 0
     for i, x in enumerate(TEXTS):  # a text at a time: no padding
         reference = make_reference("llama")
-        hook_gates(reference, z[i])
+        hook_gates(reference, blocks[i])
         logits = reference(torch.tensor([x])).logits[0, :-1]
         losses = losses + F.cross_entropy(logits, torch.tensor(x[1:]), reduction="sum")
         n += len(x) - 1
-    total = losses / n + lagrangian(1 - z.mean(), args.sparsity, *lambdas)
+    t = 1 - z.mean()
+    if budget == "flops":  # of the parameters of a block, and of its scores over 16 tokens
+        attention, ffn = 2 * 48 * (60 + 2 * 20 + 60) + 4 * 16 * 60, 6 * 48 * 80
+        kept = attention * z[:, 0::2].sum(1) + ffn * z[:, 1::2].sum(1)
+        t = 1 - (kept / (3 * (attention + ffn))).mean()
+    total = losses / n + lagrangian(t, args.sparsity, *lambdas)
     total.backward()
     torch.testing.assert_close(mask["log_alpha"].grad, log_alpha.grad, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(mask["lambdas"].grad, lambdas.grad)
+    torch.testing.assert_close(mask["lambdas"].grad, lambdas.grad, rtol=1e-4, atol=1e-6)
     step = mask["log_alpha"].detach() - 1
     torch.testing.assert_close(step, -args.lr * log_alpha.grad.sign(), rtol=1e-2, atol=1e-3)
     ascent = args.lr_lambda * lambdas.grad.sign()
     torch.testing.assert_close(mask["lambdas"].detach(), ascent, rtol=1e-2, atol=1e-3)
+
+
+def test_gates_weigh_what_their_blocks_cost(model):
+    ones = igp.gate_weights(model.config, arguments())
+    assert ones.tolist() == [1.0] * B
+    layers = igp.gate_weights(model.config, arguments(granularity="layer", budget="flops"))
+    torch.testing.assert_close(layers, torch.ones(3))             # layers cost the same
+    w = igp.gate_weights(model.config, arguments(budget="flops"))
+    for i in (2, 3):
+        z = torch.ones(B, dtype=torch.bool)
+        z[i] = False
+        saved = llm.flops(model.config, 16) - llm.flops(model.config, 16, z)
+        layer = llm.flops(model.config, 16) - llm.flops(
+            model.config, 16, torch.tensor([1, 1, 0, 0, 1, 1]).bool())
+        assert w[i].item() == pytest.approx(saved / layer)
+
+
+def test_hard_masks_meet_either_budget_and_waste_none(model):
+    """No more FLOPs than the target leaves, and no skipped block that the target does not need."""
+    args, rng = arguments(budget="flops", sparsity=0.4), torch.Generator().manual_seed(0)
+    w = igp.gate_weights(model.config, args)
+    for _ in range(50):
+        z = igp.hard_z(torch.randn(B, generator=rng), w, args)
+        gone = w[~z].sum()
+        assert gone >= 0.4 * w.sum() - 1e-4 > gone - w[~z].min()
+    layers = arguments(granularity="layer", sparsity=0.4)         # floor(0.4 * 3 + 0.5) = 1 of 3
+    z = igp.hard_z(torch.tensor([0.3, -1.0, 0.2]), igp.gate_weights(model.config, layers), layers)
+    assert z.tolist() == [True, True, False, False, True, True]
 
 
 def test_a_step_costs_two_forwards_and_no_weight_gradient(model):
@@ -81,7 +125,7 @@ def test_a_step_costs_two_forwards_and_no_weight_gradient(model):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.head(model(torch.tensor(texts), torch.ones(3, B)))
     with FlopCounterMode(display=False) as step:
-        igp.train_mask(model, igp.new_mask(B, arguments(), "t"), [(texts, 1.0)], arguments(),
+        igp.train_mask(model, fresh(), [(texts, 1.0)], arguments(),
                        torch.Generator())
     assert 1.7 < step.get_total_flops() / forward.get_total_flops() <= 2.1
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -100,14 +144,14 @@ def test_no_tensor_of_all_logits_is_ever_built(model, monkeypatch):
             return out
 
     with Watch():
-        igp.train_mask(model, igp.new_mask(B, arguments(), "t"), [([list(range(2, 42))] * 3, 1.0)],
+        igp.train_mask(model, fresh(), [([list(range(2, 42))] * 3, 1.0)],
                        arguments(), torch.Generator())
     assert 0 < largest <= 8 * 97
 
 
 def test_training_reaches_the_target_and_repeats(model):
     def train():
-        mask, generator = igp.new_mask(B, arguments(), "t"), torch.Generator().manual_seed(5)
+        mask, generator = fresh(), torch.Generator().manual_seed(5)
         args = arguments(sparsity=0.5)
         batches = igp.draw(TEXTS, 300, args, generator)
         steps = [(x, 1 - i / 100) for i, x in enumerate(batches)]
@@ -130,7 +174,7 @@ def test_choose_takes_the_candidate_of_the_lowest_hard_loss(model):
             log_alpha = torch.ones(B)
             log_alpha[[i, j]] = -1.0
             candidates += [log_alpha, log_alpha * 2]  # the same z twice
-    chosen = igp.choose(model, candidates, 2, TEXTS)
+    chosen = igp.choose(model, candidates, TEXTS, lambda x: harden(x, 2))
 
     def loss(log_alpha):
         reference, total = make_reference("llama"), 0.0
@@ -147,7 +191,7 @@ def test_choose_takes_the_candidate_of_the_lowest_hard_loss(model):
 def test_a_loss_that_is_not_finite_stops_with_mask_and_step(model):
     model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="mask 3: loss nan .* at step 0"):
-        igp.train_mask(model, igp.new_mask(B, arguments(), "mask 3"), [(TEXTS, 1.0)], arguments(),
+        igp.train_mask(model, fresh("mask 3"), [(TEXTS, 1.0)], arguments(),
                        torch.Generator())
 
 
@@ -303,7 +347,9 @@ def test_other_methods_and_tasks_join_a_finished_run(command, tmp_path, capsys):
     assert "wiki_what (n=9)" in capsys.readouterr().out
     assert igp.main([*command, "--method", "igp"]) == 0  # without the task
     out = capsys.readouterr().out
-    assert "| igp |" in out and "wiki_what (n" not in out  # a column only where all rows have it
+    assert "| igp | 33.3% | - | - | - |" in out and "wiki_what (n=9)" in out  # igp was not asked
+    assert igp.main([*command, "--method", "igp", *more[2:]]) == 0  # 5 questions, the others had 9
+    assert "| igp | 33.3% | - | - | - |" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -340,7 +386,7 @@ def test_the_six_tasks_their_table_and_their_samples(six, tmp_path, capsys, monk
                 e = torch.tensor(routing.encode(encoder, [text]))
                 assert lines[0]["cluster"] == ((e - router.mu) ** 2).sum(1).argmin()
     table = [x for x in out.splitlines() if "winogrande (n=4)" in x or x.count("±") == 6]
-    assert len(table) == 4 and table[0].endswith("| average | % of dense |")
+    assert len(table) == 4 and "(n=4) | average | % of dense | skipped" in table[0]
     shown = [100 * x["acc" if x["acc_norm"] is None else "acc_norm"]
              for x in rows[1]["tasks"].values()]
     assert f"| {np.mean(shown):.2f} |" in table[2] and table[1].endswith("| 100.00% |")
@@ -584,6 +630,99 @@ def test_help_shows_the_values_of_the_preset():
 
 
 # ------------------------------------------------------------------ what is printed
+
+
+# ------------------------------------------------------------------ rivals, granularity, budget
+
+
+@pytest.fixture
+def deep(command, checkpoint, monkeypatch):
+    """The command on a model of 9 layers, 18 blocks, with searches of a few tokens."""
+    folder, _ = checkpoint("llama", num_hidden_layers=9)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    monkeypatch.setattr(baselines, "SHORTENED", (4, 12))
+    return [*command[:1], str(folder), *command[2:]]
+
+
+def test_all_methods_stand_in_one_table_with_their_cost(deep, tmp_path, capsys, monkeypatch):
+    assert igp.main([*deep, "--method", "all", "--tasks", "wiki_what", "--limit", "5"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert table[0] == (
+        "| method | sparsity | wiki_what (n=5) | average | % of dense | skipped attention | "
+        "skipped FFN | FLOPs | FLOPs + router | perplexity | forward tokens | seconds |")
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in igp.METHODS]
+    rows = {row["name"]: row for row in
+            json.loads((tmp_path / "run/results.json").read_text())["rows"]}
+    for name in baselines.RIVALS:  # 3 of 9 layers: floor(0.3 * 9 + 0.5)
+        assert rows[name]["attention_skipped"] == rows[name]["ffn_skipped"] == [3]
+        z = routing.load(tmp_path / f"run/{name}.safetensors").z
+        assert torch.equal(z[:, 0::2], z[:, 1::2]) or name == "evopress"
+        assert z.shape == (1, 18) and rows[name]["training_tokens"] == 0
+    training = 2 * 8 * 12  # clusters, samples, tokens at most
+    assert 0 < rows["igp"]["training_tokens"] <= training
+    assert rows["sleb"]["forward_tokens"] <= 2 * training < 4 * rows["evopress"]["forward_tokens"]
+    assert rows["shortened-ppl"]["forward_tokens"] == 9 * 48
+    assert rows["shortened-taylor"]["forward_tokens"] == 3 * 48
+    assert rows["shortened-magnitude"]["forward_tokens"] == rows["dense"]["forward_tokens"] == 0
+    for name in baselines.RIVALS:  # a finished method is not run again
+        monkeypatch.setitem(baselines.RIVALS, name, (None, baselines.RIVALS[name][1]))
+    monkeypatch.setattr(igp, "train_mask", None)
+    assert igp.main([*deep, "--method", "all", "--tasks", "wiki_what", "--limit", "5"]) == 0
+    assert capsys.readouterr().out.split("\n\n")[0].splitlines() == table
+
+
+def test_a_rivals_mask_is_kept_when_its_row_is_not(deep, tmp_path, capsys, monkeypatch):
+    assert igp.main([*deep, "--method", "sleb"]) == 0
+    path = tmp_path / "run/results.json"
+    path.unlink()
+    monkeypatch.setattr(baselines, "sleb", None)
+    monkeypatch.setitem(baselines.RIVALS, "sleb", (None, 2))
+    assert igp.main([*deep, "--method", "sleb"]) == 0
+    assert json.loads(path.read_text())["rows"][0]["attention_skipped"] == [3]
+    router = routing.load(tmp_path / "run/sleb.safetensors")
+    router.z[0, 0] = ~router.z[0, 0]
+    routing.save(router, tmp_path / "run/sleb.safetensors")
+    path.unlink()
+    assert igp.main([*deep, "--method", "sleb"]) == 2
+    assert "is a router of another model or run" in capsys.readouterr().err
+
+
+def test_layers_and_flops_go_through_the_whole_pipeline(deep, tmp_path, capsys):
+    assert igp.main([*deep, "--granularity", "layer", "--method", "igp,evopress"]) == 0
+    for name in ("router", "evopress"):
+        router = routing.load(tmp_path / f"run/{name}.safetensors")
+        assert torch.equal(router.z[:, 0::2], router.z[:, 1::2])
+        assert ((~router.z).sum(1) == 6).all()
+        assert torch.equal(router.log_alpha[:, 0::2], router.log_alpha[:, 1::2])
+    assert igp.main([*deep, "--method", "igp"]) == 2              # another granularity
+    assert "holds a run with granularity=layer, not block" in capsys.readouterr().err
+    out = str(tmp_path / "flops")
+    assert igp.main([*deep, "--out", out, "--budget", "flops", "--method", "igp,sleb"]) == 0
+    results = json.loads((tmp_path / "flops/results.json").read_text())
+    assert results["budget"] == "flops"
+    args = igp.parse([*deep, "--budget", "flops"])
+    w = igp.gate_weights(llm.read_config(args.model), args)
+    for z in routing.load(tmp_path / "flops/router.safetensors").z:
+        assert (w[~z].sum() >= 0.3 * 9 - 1e-4) and (~z).sum() != 6 or w[~z].sum() < 3.7
+    assert igp.main([*deep, "--out", out, "--budget", "flops", "--method", "igp"]) == 0
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    (["--method", "shortened-ppl", "--sparsity", "0.4"],
+     "--sparsity 0.4 skips 4 of 9 layers; shortened-ppl can skip 1 to 3"),
+    (["--method", "sleb", "--sparsity", "0.9"], "skips 8 of 9 layers; sleb can skip 1 to 7"),
+    (["--method", "all", "--sparsity", "0.03"], "skips 0 of 9 layers; "),
+    (["--granularity", "layer", "--sparsity", "0.03"], "skips 0 of 9 layers; "),
+    (["--method", "slab"], "--method slab is unknown; nearest: sleb"),
+    (["--router", "r", "--method", "evopress"], "--router trains nothing"),
+    (["--budget", "flop"], "--budget: invalid choice: 'flop'"),
+])
+def test_what_cannot_be_skipped_is_refused(deep, capsys, more, says):
+    try:
+        code = igp.main([*deep, *more])
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and says in capsys.readouterr().err
 
 
 def test_picture_and_matrix_report():
