@@ -38,6 +38,7 @@ HUB_TEXTS = {  # name -> path, configuration; always split "train"
     # The paper calls it synthetic; it is filtered web text.
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    # Deviates: stands in for Table 3's "instruction" set, which the paper does not name.
     "alpaca": ("tatsu-lab/alpaca", "default"),
 }
 HUB_TASKS = {  # name -> path, configuration, the split that lm-evaluation-harness scores

@@ -53,7 +53,8 @@ SHARED = {"demo": 0.6, "paper": 0.0}
 LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.72, so t starts at 0.28.
 RESTARTS = 10    # Silent: of k-means
 CHOOSING = 32    # training texts that choose between a mask's candidates, see `choose`
-JUDGED = 512     # Silent: tokens of a held-out text that are judged; Table 5's training length
+# Silent: tokens of a held-out text that are judged. Table 5's training length; the demo's minutes.
+JUDGED = {"demo": 128, "paper": 512}
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
             "batch_size", "lr", "lr_lambda", "gate", "granularity", "budget", "sparsity", "seed",
@@ -155,12 +156,14 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
     return kept
 
 
-def choose(model: llm.Transformer, candidates: list[Tensor], texts: list, hard) -> Tensor:
+def choose(model: llm.Transformer, candidates: list[Tensor], texts: list,
+           hard) -> tuple[Tensor, int]:
     """The log_alpha of `candidates` whose z, hard(log_alpha), has the lowest loss on `texts`.
+
+    Returns it and the forward tokens that this took.
 
     Deviates: the paper hardens the last log_alpha. Gates are soft in training, so that which of
     two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
-    These forwards are not among a mask's training tokens, nor is their time among its seconds.
     """
     requests, losses = [(x[:1], [x[1:]]) for x in texts], {}
     for log_alpha in candidates:
@@ -168,7 +171,8 @@ def choose(model: llm.Transformer, candidates: list[Tensor], texts: list, hard) 
         if (key := tuple(z.tolist())) not in losses:
             loglik = evaluate.loglikelihoods(model, requests, z.expand(len(texts), -1))
             losses[key] = (-sum(x[0] for x in loglik), log_alpha)
-    return min(losses.values(), key=lambda pair: pair[0])[1]
+    best = min(losses.values(), key=lambda pair: pair[0])[1]
+    return best, len(losses) * sum(map(len, texts))
 
 
 def draw(texts: list[list[int]], n: int, args: argparse.Namespace,
@@ -243,7 +247,8 @@ def open_run(args: argparse.Namespace) -> Run:
     for text, encoding in zip(texts, encodings, strict=True):
         text["tokens"] = encoding.ids[:config.max_position_embeddings]
     train, _, judge = hub.split([x for x in texts if len(x["tokens"]) > 1])
-    train, judge = train[:args.texts], [x | {"tokens": x["tokens"][:JUDGED]} for x in judge]
+    train, judged = train[:args.texts], JUDGED[args.preset]
+    judge = [x | {"tokens": x["tokens"][:judged]} for x in judge]
     if args.clusters > len(train):
         raise ValueError(f"--clusters {args.clusters} is more than the {len(train)} texts")
     if router is not None:                                       # of this encoder's width?
@@ -358,9 +363,7 @@ def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator) -
     tokens = sum(len(x) - 1 for texts, _ in steps for x in texts)
     run.results["training"][mask["name"]] = {                    # a mask trained again counts once
         "tokens": tokens, "forward_tokens": 2 * tokens, "seconds": time.perf_counter() - start}
-    spent = run.results["training"].values()
-    run.results["training_tokens_per_second"] = (
-        sum(x["tokens"] for x in spent) / sum(x["seconds"] for x in spent))
+    run.results["training_tokens_per_second"] = tokens / (time.perf_counter() - start)
     return kept
 
 
@@ -429,8 +432,11 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
         steps = [(x, 1 - i / len(batches)) for i, x in enumerate(batches)]
         candidates = [mask["log_alpha"].detach().clone()] if SHARED[args.preset] else []
         candidates += train_timed(run, mask, steps, generator)
-        texts = sum(batches, [])[:CHOOSING]
-        log_alpha = choose(run.model, candidates, texts, lambda x: hard_z(x, weight, args))
+        texts, start = sum(batches, [])[:CHOOSING], time.perf_counter()
+        log_alpha, tokens = choose(run.model, candidates, texts, lambda x: hard_z(x, weight, args))
+        spent = run.results["training"][mask["name"]]
+        spent["forward_tokens"] += tokens
+        spent["seconds"] += time.perf_counter() - start
         router.log_alpha[k] = log_alpha.repeat_interleave(B // len(weight))
         router.z[k] = hard_z(log_alpha, weight, args)
         run.save()                                               # first: it counts what is trained

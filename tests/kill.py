@@ -57,6 +57,7 @@ def main() -> int:
         def run(name: str, seconds: float | None) -> int:
             argv = ["--model", str(root / "model"), "--calibration", "wikipedia", "--preset",
                     "demo", "--clusters", "3", "--samples", "60", "--dtype", "float32",
+                    "--method", "dense,static,igp,sleb,evopress", "--sparsity", "0.34",
                     "--tasks-dir", str(root / "tasks"), "--log-samples", "--out", str(root / name)]
             process = context.Process(target=child, args=(cache, argv))
             process.start()
