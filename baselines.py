@@ -46,10 +46,13 @@ class Search:
     generator: np.random.Generator
 
 
-def windows(texts: list[list[int]], n: int, length: int) -> list[list[int]]:
-    """The first n windows of `length` tokens of the joined texts; shorter ones if there is less."""
-    joined = sum(texts[:n * length], [])[:n * length]
-    length = min(length, len(joined) // n)
+def windows(search: Search, n: int, length: int) -> list[list[int]]:
+    """The first n windows of `length` tokens of the joined texts; shorter ones if there is less.
+
+    Raises ValueError for fewer than two tokens a window.
+    """
+    joined = sum(search.texts[:n * length], [])[:n * length]
+    length = min(length, len(joined) // n, search.model.config.max_position_embeddings)
     if length < 2:
         raise ValueError(f"--calibration has {len(joined)} tokens; {n} windows need {2 * n}")
     return [joined[i * length:(i + 1) * length] for i in range(n)]
@@ -81,7 +84,7 @@ def sleb(search: Search) -> tuple[Tensor, int]:
     evaluations = sum(L - i - 2 for i in range(search.k))
     if search.cap is not None:
         length = max(2, min(length, search.cap // (n * evaluations)))
-    texts = windows(search.texts, n, length)
+    texts = windows(search, n, length)
     for _ in tqdm(range(search.k), "sleb", disable=None):
         alive = z[0::2].nonzero().flatten().tolist()[1:-1]
         z = without(z, [min(alive, key=lambda j: loss(model, without(z, [j]), texts))])
@@ -93,7 +96,7 @@ def shortened(search: Search, scores_of) -> tuple[Tensor, int]:
 
     scores_of: one of the three below. Their cost is small, and no cap is applied.
     """
-    model, texts = search.model, windows(search.texts, *SHORTENED)
+    model, texts = search.model, windows(search, *SHORTENED)
     scores, tokens = scores_of(model, texts)
     kept = {j % len(scores) for j in PLUS}
     order = [j for j in np.argsort(scores, kind="stable").tolist() if j not in kept]
@@ -216,7 +219,7 @@ def evopress(search: Search) -> tuple[Tensor, int]:
     published = STARTS * START_TOKENS + generations * (
         OFFSPRING * STAGE_TOKENS[0] + (SURVIVORS[0] + 1) * STAGE_TOKENS[1])
     scale = 1.0 if search.cap is None else min(1.0, (search.cap / published) ** 0.5)
-    pool = windows(search.texts, n, max(2, round(scale * length)))
+    pool = windows(search, n, max(2, round(scale * length)))
 
     def fitness(zs: list[Tensor], stage: int | None) -> list[float]:
         """KL on a fresh batch: windows in random order, the last one cut to the token count."""

@@ -47,13 +47,15 @@ def mean_loss(z, texts):
 # ------------------------------------------------------------------ texts
 
 
-def test_windows_are_cuts_of_the_joined_texts():
-    joined = sum(TEXTS, [])
-    assert baselines.windows(TEXTS, 2, 20) == [joined[:20], joined[20:40]]
-    assert baselines.windows(TEXTS, 2, 4) == [joined[:4], joined[4:8]]
-    assert baselines.windows(TEXTS, 5, 99) == [joined[i * 11:i * 11 + 11] for i in range(5)]
+def test_windows_are_cuts_of_the_joined_texts(model):
+    joined, given = sum(TEXTS, []), search(model)
+    assert baselines.windows(given, 2, 20) == [joined[:20], joined[20:40]]
+    assert baselines.windows(given, 2, 4) == [joined[:4], joined[4:8]]
+    assert baselines.windows(given, 5, 99) == [joined[i * 11:i * 11 + 11] for i in range(5)]
+    longer = search(model, texts=TEXTS * 20)                      # the model reads 128 positions
+    assert [len(x) for x in baselines.windows(longer, 2, 2048)] == [128, 128]
     with pytest.raises(ValueError, match="55 tokens; 30 windows need 60"):
-        baselines.windows(TEXTS, 30, 9)
+        baselines.windows(given, 30, 9)
 
 
 # ------------------------------------------------------------------ SLEB
@@ -61,7 +63,7 @@ def test_windows_are_cuts_of_the_joined_texts():
 
 def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch):
     monkeypatch.setattr(baselines, "SLEB", (2, 20))
-    texts, gone, evaluations = baselines.windows(TEXTS, 2, 20), [], 0
+    texts, gone, evaluations = baselines.windows(search(model), 2, 20), [], 0
     for _ in range(k):
         alive = [j for j in range(L) if j not in gone]
         losses = {j: mean_loss(mask(*gone, j), texts) for j in alive[1:-1]}
@@ -70,6 +72,15 @@ def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch):
     z, tokens = baselines.sleb(search(model))
     assert torch.equal(z, mask(*gone).bool())
     assert evaluations == 3 and tokens == evaluations * 40
+
+
+def test_sleb_never_drops_the_first_or_the_last_layer(model, monkeypatch):
+    """Both ends cost nothing here, and of the equal layers 1 and 2 the first goes."""
+    cost = torch.tensor([0.0, 2, 2, 0])
+    monkeypatch.setattr(baselines, "loss", lambda _m, z, _t: (~z[0::2]).float() @ cost)
+    z, _ = baselines.sleb(search(model, k=1))
+    assert z.tolist() == mask(1).bool().tolist()
+    assert torch.equal(baselines.sleb(search(model, k=2))[0], mask(1, 2).bool())
 
 
 def test_sleb_and_evopress_keep_within_the_cap(model, monkeypatch):
