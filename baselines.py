@@ -211,14 +211,17 @@ def evolve(fitness, L: int, k: int, tied: bool, generator: np.random.Generator):
 def evopress(search: Search) -> tuple[Tensor, int]:
     """EvoPress's drop search by KL divergence from the dense model, k (L - k) / 1.5 generations.
 
-    A search above the cap is scaled to it, its generations and its token counts by one factor.
+    A search above the cap is scaled to it, its generations and its token counts by one factor s:
+    s starts + s^2 generations = cap, in forward tokens. Each batch also runs the dense model.
     """
-    model, k, spent = search.model, search.k, 0
+    model, k, scale, spent = search.model, search.k, 1.0, 0
     L = model.config.num_hidden_layers
     generations, (n, length) = k * (L - k) / 1.5, EVOPRESS
-    published = STARTS * START_TOKENS + generations * (
-        OFFSPRING * STAGE_TOKENS[0] + (SURVIVORS[0] + 1) * STAGE_TOKENS[1])
-    scale = 1.0 if search.cap is None else min(1.0, (search.cap / published) ** 0.5)
+    if search.cap is not None:
+        start = (STARTS + 1) * START_TOKENS
+        rest = generations * ((OFFSPRING + 1) * STAGE_TOKENS[0] + (SURVIVORS[0] + 2) *
+                              STAGE_TOKENS[1])
+        scale = min(1.0, ((start**2 + 4 * rest * search.cap) ** 0.5 - start) / (2 * rest))
     pool = windows(search, n, max(2, round(scale * length)))
 
     def fitness(zs: list[Tensor], stage: int | None) -> list[float]:

@@ -83,7 +83,7 @@ def gate_weights(config: llm.Config, args: argparse.Namespace) -> Tensor:
 
     Deviates: --budget flops counts a block by its share of the blocks' FLOPs, in texts of --length;
     the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
-    (Sec. 4.3).
+    (Sec. 4.3), and with flops a layer counts 1.
     """
     weight = torch.ones(config.num_hidden_layers, 2)
     if args.budget == "flops":
@@ -95,9 +95,12 @@ def gate_weights(config: llm.Config, args: argparse.Namespace) -> Tensor:
 
 
 def hard_z(log_alpha: Tensor, weight: Tensor, args: argparse.Namespace) -> Tensor:
-    """The binary z (B,) of the gates (B,), or (L,) if layers; at --sparsity of their weight."""
-    if args.budget == "flops":
-        z = harden(log_alpha, args.sparsity * weight.sum().item(), weight)
+    """The binary z (B,) of the gates (B,), or (L,) if layers.
+
+    --budget flops: it skips at least what floor(s L + 1/2) whole layers cost, as rivals drop.
+    """
+    if args.budget == "flops":                                   # weight's sum is L
+        z = harden(log_alpha, blocks_to_skip(args.sparsity, round(weight.sum().item())), weight)
     else:
         z = harden(log_alpha, blocks_to_skip(args.sparsity, len(weight)))
     return z.repeat_interleave(2) if args.granularity == "layer" else z
@@ -261,9 +264,10 @@ def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
     """ValueError where a method cannot skip as much as --sparsity says."""
     L = config.num_hidden_layers
     for name in set(args.method) - {"dense"}:
-        layers = name in baselines.RIVALS or args.granularity == "layer"
+        rival = name in baselines.RIVALS
+        layers = rival or args.granularity == "layer" or args.budget == "flops"
         n = L if layers else 2 * L
-        most = L - baselines.RIVALS[name][1] if name in baselines.RIVALS else n - 1
+        most = L - baselines.RIVALS[name][1] if rival else n - 1
         skipped, unit = blocks_to_skip(args.sparsity, n), "layers" if layers else "blocks"
         if not 0 < skipped <= most:
             raise ValueError(f"--sparsity {args.sparsity} skips {skipped} of {n} {unit}; {name} "

@@ -95,7 +95,7 @@ def test_sleb_and_evopress_keep_within_the_cap(model, monkeypatch):
     # states differ from the parent by one switch in attention or FFN blocks, and more by several
     assert 7 * 20 + 3 * (2 * 20 + 4 * 50) < tokens <= 7 * 20 + 3 * (33 * 20 + 4 * 50)
     _, less = baselines.evopress(search(model, cap=500))
-    assert less < 750
+    assert 300 < less < 650                                       # generations are whole ones
 
 
 def test_the_published_costs():

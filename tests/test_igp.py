@@ -113,8 +113,8 @@ def test_hard_masks_meet_either_budget_and_waste_none(model):
     w = igp.gate_weights(model.config, args)
     for _ in range(50):
         z = igp.hard_z(torch.randn(B, generator=rng), w, args)
-        gone = w[~z].sum()
-        assert gone >= 0.4 * w.sum() - 1e-4 > gone - w[~z].min()
+        gone = w[~z].sum()                                        # one layer of three
+        assert gone >= 1 - 1e-4 > gone - w[~z].min()
     layers = arguments(granularity="layer", sparsity=0.4)         # floor(0.4 * 3 + 0.5) = 1 of 3
     z = igp.hard_z(torch.tensor([0.3, -1.0, 0.2]), igp.gate_weights(model.config, layers), layers)
     assert z.tolist() == [True, True, False, False, True, True]
@@ -704,7 +704,9 @@ def test_layers_and_flops_go_through_the_whole_pipeline(deep, tmp_path, capsys):
     args = igp.parse([*deep, "--budget", "flops"])
     w = igp.gate_weights(llm.read_config(args.model), args)
     for z in routing.load(tmp_path / "flops/router.safetensors").z:
-        assert (w[~z].sum() >= 0.3 * 9 - 1e-4) and (~z).sum() != 6 or w[~z].sum() < 3.7
+        assert w[~z].sum() >= 3 - 1e-4 > (w[~z].sum() - w[~z].min())
+    igp_row, sleb = results["rows"]  # as much as 3 layers in texts of 12 tokens, judged on others
+    assert sum(igp_row["ffn_skipped"]) and igp_row["flops_ratio"] <= sleb["flops_ratio"] + 0.02
     assert igp.main([*deep, "--out", out, "--budget", "flops", "--method", "igp"]) == 0
 
 
@@ -714,6 +716,7 @@ def test_layers_and_flops_go_through_the_whole_pipeline(deep, tmp_path, capsys):
     (["--method", "sleb", "--sparsity", "0.9"], "skips 8 of 9 layers; sleb can skip 1 to 7"),
     (["--method", "all", "--sparsity", "0.03"], "skips 0 of 9 layers; "),
     (["--granularity", "layer", "--sparsity", "0.03"], "skips 0 of 9 layers; "),
+    (["--budget", "flops", "--sparsity", "0.03"], "skips 0 of 9 layers; "),
     (["--method", "slab"], "--method slab is unknown; nearest: sleb"),
     (["--router", "r", "--method", "evopress"], "--router trains nothing"),
     (["--budget", "flop"], "--budget: invalid choice: 'flop'"),
