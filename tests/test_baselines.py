@@ -61,7 +61,8 @@ def test_windows_are_cuts_of_the_joined_texts(model):
 # ------------------------------------------------------------------ SLEB
 
 
-def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch):
+@pytest.mark.parametrize("k", [1, 2])
+def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch, k):
     monkeypatch.setattr(baselines, "SLEB", (2, 20))
     texts, gone, evaluations = baselines.windows(search(model), 2, 20), [], 0
     for _ in range(k):
@@ -69,9 +70,9 @@ def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch):
         losses = {j: mean_loss(mask(*gone, j), texts) for j in alive[1:-1]}
         evaluations += len(losses)
         gone.append(min(losses, key=losses.get))
-    z, tokens = baselines.sleb(search(model))
+    z, tokens = baselines.sleb(search(model, k=k))
     assert torch.equal(z, mask(*gone).bool())
-    assert evaluations == 3 and tokens == evaluations * 40
+    assert evaluations == 2 * k - (k == 2) and tokens == evaluations * 40
 
 
 def test_sleb_never_drops_the_first_or_the_last_layer(model, monkeypatch):
@@ -90,7 +91,11 @@ def test_sleb_and_evopress_keep_within_the_cap(model, monkeypatch):
     monkeypatch.setattr(baselines, "STARTS", 6)
     monkeypatch.setattr(baselines, "START_TOKENS", 20)
     monkeypatch.setattr(baselines, "STAGE_TOKENS", (20, 50))
-    full, tokens = baselines.evopress(search(model))
+    spent, divergences = [], baselines.divergences
+    monkeypatch.setattr(baselines, "divergences", lambda model, zs, texts: (
+        spent.append((len(zs) + 1) * sum(map(len, texts))), divergences(model, zs, texts))[1])
+    _, tokens = baselines.evopress(search(model))
+    assert tokens == sum(spent)
     # 2 * 2 / 1.5 = 2.7 generations, so 3; each batch also runs the dense model; (4 choose 2) - 1
     # states differ from the parent by one switch in attention or FFN blocks, and more by several
     assert 7 * 20 + 3 * (2 * 20 + 4 * 50) < tokens <= 7 * 20 + 3 * (33 * 20 + 4 * 50)

@@ -116,6 +116,8 @@ def test_hardening_by_weight_meets_the_sum_and_keeps_what_it_can():
     assert harden(log_alpha, 3, weight).tolist() == [True, False, True, True]
     assert harden(log_alpha, 1, weight).tolist() == [False, True, True, True]
     assert not harden(log_alpha, 8, weight).any()
+    surplus = harden(log_alpha[:3], 3.5, torch.tensor([1.0, 1, 3]))  # 5 in all: one may stay
+    assert surplus.tolist() == [False, True, False]
     with pytest.raises(ValueError, match="outside .0, 8."):
         harden(log_alpha, 9, weight)
 

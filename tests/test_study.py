@@ -91,6 +91,8 @@ def test_controls_are_recomputed_by_hand(checkpoint, encoder, tmp_path, monkeypa
                         ("random mask, in expectation", table.mean(0).sum()),
                         ("oracle: the best mask of each text", table.min(0).sum())):
         assert f"| {name} | {np.exp(total / n):.2f} |" in printed
+    gap = (table.mean(0) - table[best]).mean() / (n / len(judging))
+    assert f" | {gap:+.4f} ± " in printed and " | +0.0000 ± 0.0000 |" in printed
     assert "| static: N = 1, all tokens |" in printed and "Perplexity by cluster" in printed
 
 
