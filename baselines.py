@@ -4,7 +4,8 @@ Source: SLEB (Song et al. 2024, arXiv:2402.09025), Shortened LLaMA (Kim et al. 2
         arXiv:2402.02834), EvoPress (Sieberling et al. 2024, arXiv:2410.14649), constants and
         order of steps from their published code.
 Left out: retraining after pruning; every other method that these three compare with.
-Dims:   L layers, B = 2L blocks, k layers to drop; t tokens, d width, v vocabulary.
+Dims:   L layers, B = 2L blocks, k = floor(sparsity L + 1/2) layers to drop; n windows of texts, or
+        positions; t tokens, d width, v vocabulary. Scores and losses are float32 sums or means.
         z = 1 keeps a block, 0 skips it. A rival returns (z boolean (B,), forward tokens spent).
 Deviates: the paper calibrates every rival on WikiText-2. Here all methods share --calibration, so
         that texts do not decide between them (its Table 4); --calibration wikitext2 is the paper's.
@@ -49,6 +50,8 @@ class Search:
 def windows(search: Search, n: int, length: int) -> list[list[int]]:
     """The first n windows of `length` tokens of the joined texts; shorter ones if there is less.
 
+    Deviates: SLEB's code puts an empty line between texts, Shortened LLaMA's draws a document and
+    an offset for each sample, EvoPress's fills windows with documents. One rule is enough here.
     Raises ValueError for fewer than two tokens a window.
     """
     joined = sum(search.texts[:n * length], [])[:n * length]
@@ -95,6 +98,8 @@ def shortened(search: Search, scores_of) -> tuple[Tensor, int]:
     """Drops at once the k layers of the lowest score, of those that PLUS leaves: k <= L - 6.
 
     scores_of: one of the three below. Their cost is small, and no cap is applied.
+    Silent: which of the three the paper compares with; all are here. Its published code has PLUS
+    on for each of them.
     """
     model, texts = search.model, windows(search, *SHORTENED)
     scores, tokens = scores_of(model, texts)
@@ -112,8 +117,9 @@ def ppl_scores(model: Transformer, texts: list[list[int]]) -> tuple[list[float],
 
 
 def taylor_scores(model: Transformer, texts: list[list[int]]) -> tuple[list[float], int]:
-    """Sum over a layer's weights of |w dL/dw|, L the mean loss of the texts, which are of one
-    length; and forward tokens, the backward pass by activations and weights counted as two more.
+    """Sum over a layer's weights of |w dloss/dw|, loss being the mean over the texts' tokens.
+
+    The texts are of one length. Also the forward tokens, the backward pass counted as two more.
 
     Each gradient is turned into its sum as soon as it is there, so that only one is held.
     """
@@ -211,6 +217,7 @@ def evolve(fitness, L: int, k: int, tied: bool, generator: np.random.Generator):
 def evopress(search: Search) -> tuple[Tensor, int]:
     """EvoPress's drop search by KL divergence from the dense model, k (L - k) / 1.5 generations.
 
+    Deviates: its code rounds k down; all rivals drop equally many layers here.
     A search above the cap is scaled by s = cap / cost: s^(3/4) of the tokens of every stage and
     s^(1/4) of the generations. At 61,000 forward tokens and 8 of 30 layers, one seed each, 6, 16,
     26, 30 generations gave perplexities of 91, 103, 80, 82. Each batch also runs the dense model.

@@ -16,6 +16,7 @@ from torch import Tensor
 INV_BETA = 2 / 3                   # 1 / beta of Eq. 4, Table 5
 STRETCH_L, STRETCH_R = -0.1, 1.1   # l and r of Eq. 5, Table 5
 EPS = 1e-6                         # epsilon of Table 5: u stays inside [EPS, 1 - EPS]
+ROUNDING = 1e-6                    # of a sum of float32 weights, relative to the sum of all
 
 # s = sigmoid(a logit(u) + b log_alpha), as (a, b).
 # Silent: which of the two Table 5's 1/beta = 2/3 means. "paper" is Eq. 4 as printed; "louizos" is
@@ -71,9 +72,9 @@ def harden(log_alpha: Tensor, to_skip: float, weight: Tensor | None = None) -> T
     """The binary z of Stage 2: the smallest log_alpha become 0 until to_skip is met, all others 1.
 
     log_alpha (B,); z boolean (B,). Of equal log_alpha the lower index is skipped first.
-    to_skip is a number of blocks or, with weight (B,) > 0, a sum of theirs: then blocks that it is
-    met without are kept after all, the largest log_alpha first.
-    Silent: the paper does not say how z is binarised. This meets the target exactly.
+    to_skip is a number of blocks or, with weight (B,) float32 > 0, a sum of theirs, met up to
+    ROUNDING: then blocks that it is met without are kept after all, the largest log_alpha first.
+    Silent: the paper does not say how z is binarised. This meets a number of blocks exactly.
     Raises ValueError unless 0 <= to_skip <= B (or the sum), and every log_alpha is a number.
     """
     weight = torch.ones(log_alpha.numel()) if weight is None else weight
@@ -83,11 +84,11 @@ def harden(log_alpha: Tensor, to_skip: float, weight: Tensor | None = None) -> T
     if log_alpha.isnan().any():
         raise ValueError("log_alpha holds NaN: this mask is not trained")
     order, skipped = torch.argsort(log_alpha.cpu(), stable=True).tolist(), []
-    while total < to_skip - EPS * most:
+    while total < to_skip - ROUNDING * most:
         skipped.append(order[len(skipped)])
         total += weight[skipped[-1]].item()
     for i in reversed(skipped):
-        if total - weight[i].item() >= to_skip - EPS * most:
+        if total - weight[i].item() >= to_skip - ROUNDING * most:
             skipped.remove(i)
             total -= weight[i].item()
     z = torch.ones(len(order), dtype=torch.bool)

@@ -83,21 +83,23 @@ def gate_weights(config: llm.Config, args: argparse.Namespace) -> Tensor:
 
     Deviates: --budget flops counts a block by its share of the blocks' FLOPs, in texts of --length;
     the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
-    (Sec. 4.3), and with flops a layer counts 1.
+    (Sec. 4.3). Only their ratios count; with flops a layer's two blocks count 1 together.
     """
     weight = torch.ones(config.num_hidden_layers, 2)
     if args.budget == "flops":
         gone = torch.ones(2, 2 * config.num_hidden_layers, dtype=torch.bool)
         gone[[0, 1], [0, 1]] = False                             # an attention, or an FFN block
         dense, *rest = (llm.flops(config, args.length, z) for z in (None, *gone))
-        weight = weight * (torch.tensor([dense - x for x in rest]) / (2 * dense - sum(rest)))
+        saved = torch.tensor([dense - x for x in rest])          # by skipping either
+        weight = weight * (saved / saved.sum())
     return weight.sum(1) if args.granularity == "layer" else weight.flatten()
 
 
 def hard_z(log_alpha: Tensor, weight: Tensor, args: argparse.Namespace) -> Tensor:
     """The binary z (B,) of the gates (B,), or (L,) if layers.
 
-    --budget flops: it skips at least what floor(s L + 1/2) whole layers cost, as rivals drop.
+    --budget flops: it skips at least what floor(s L + 1/2) whole layers cost, as rivals drop, s
+    being --sparsity; s_target of Eq. 7 is s itself, unrounded.
     """
     if args.budget == "flops":                                   # weight's sum is L
         z = harden(log_alpha, blocks_to_skip(args.sparsity, round(weight.sum().item())), weight)
@@ -128,7 +130,8 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
     forwards, not three. Returns log_alpha half-way and at the end.
     Raises ValueError when the loss is not finite, with the step.
     Silent: one u per text; L_LM is the mean over tokens; Adam with betas 0.9, 0.999, eps 1e-8.
-    Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it.
+    Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it. The
+    mean is weighted by `gate_weights`.
     """
     log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
     share = mask["weight"] / mask["weight"].sum()
@@ -240,8 +243,8 @@ def open_run(args: argparse.Namespace) -> Run:
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
                          f"{config.vocab_size}: they belong to different models")
-    router = finished_router(args.router, name, 2 * config.num_hidden_layers) if (
-        args.router) else None
+    B = 2 * config.num_hidden_layers
+    router = finished_router(args.router, name, B) if args.router else None
     encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
     encoder = routing.open_encoder(encoder_folder, args.device, dtype)
     texts = texts or hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
@@ -263,7 +266,7 @@ def open_run(args: argparse.Namespace) -> Run:
 def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
     """ValueError where a method cannot skip as much as --sparsity says."""
     L = config.num_hidden_layers
-    for name in set(args.method) - {"dense"}:
+    for name in (name for name in args.method if name != "dense"):
         rival = name in baselines.RIVALS
         layers = rival or args.granularity == "layer" or args.budget == "flops"
         n = L if layers else 2 * L
@@ -459,11 +462,10 @@ def search_rival(run: Run, name: str) -> routing.Router:
     path = run.out / f"{name}.safetensors"
     router = begun_router(run, path, np.zeros((1, d_e), np.float32))
     if router.log_alpha.isnan().any():
-        cap = training_tokens(args)
+        cap = baselines.CAP and baselines.CAP * training_tokens(args)
         search = baselines.Search(
             run.model, [x["tokens"] for x in run.train], blocks_to_skip(args.sparsity, L),
-            args.granularity == "layer", baselines.CAP and baselines.CAP * cap,
-            np.random.default_rng(args.seed))
+            args.granularity == "layer", cap, np.random.default_rng(args.seed))
         start = time.perf_counter()
         router.z[0], spent = baselines.RIVALS[name][0](search)
         router.log_alpha[0] = 2.0 * router.z[0] - 1
@@ -690,7 +692,7 @@ def estimate(run: Run) -> float:
         float((x @ w.T)[0, 0])
         rate = 2 * len(x) * w.numel() / (time.perf_counter() - start)
     masks, share = len(set(args.method) & set(TRAINED)), SHARED[args.preset]
-    rivals = len(set(args.method) & set(baselines.RIVALS))       # each at most as much as igp
+    rivals = len(set(args.method) & set(baselines.RIVALS))       # with CAP at most as much as igp
     texts = args.samples * args.epochs * args.clusters * (
         masks * (1 - share) + bool(masks) * share + rivals)
     passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)

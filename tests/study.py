@@ -53,7 +53,7 @@ WIDTH = 6  # kept blocks that a round of swaps tries to drop, and skipped ones i
 
 
 def opened(args: argparse.Namespace):
-    """(model, training texts, choosing, judging) of a command line, each text a list of ids."""
+    """(model, training texts, choosing, judging) of a command line; a text has its "tokens"."""
     folder = hub.model_folder(hub.resolve(args.model))
     model = llm.load(folder, args.device, getattr(torch, args.dtype))
     tokenizer, texts = hub.load_tokenizer(folder), hub.calibration_texts(args.calibration, None)
@@ -87,8 +87,10 @@ def changed(mask: dict, recipe: dict, gate: str):
     if recipe.get("closed"):
         igp.lagrangian = lambda _t, *rest: lagrangian(
             prob_zero(mask["log_alpha"], gate).mean(), *rest)
-    yield
-    igp.sample_u, igp.lagrangian = sample_u, lagrangian
+    try:
+        yield
+    finally:
+        igp.sample_u, igp.lagrangian = sample_u, lagrangian
 
 
 def taylor_start(model: llm.Transformer, mask: dict, texts: list[list[int]]) -> None:
@@ -168,6 +170,9 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
 
 def recipe_table(argv: argparse.Namespace) -> None:
     """A line a recipe, printed as soon as it is there."""
+    names = argv.only.split(",") if argv.only else list(RECIPES)
+    for name in set(names) - set(RECIPES):
+        raise ValueError(f"recipe {name} is unknown; expected of {', '.join(RECIPES)}")
     args = igp.parse(["--calibration", argv.calibration, "--sparsity", str(argv.sparsity)])
     model, texts, chosen, _ = opened(args)
     texts, chosen = [x["tokens"] for x in texts], [x["tokens"][:TOKENS] for x in chosen[:CHOSEN]]
@@ -175,7 +180,7 @@ def recipe_table(argv: argparse.Namespace) -> None:
           f"{perplexity(model, torch.ones(model.B).bool(), chosen):.2f}\n")
     seeds = range(argv.seeds)
     print(evaluate.markdown(["recipe", *(f"seed {i}" for i in seeds), "mean", "spread"], []))
-    for name in argv.only.split(",") if argv.only else RECIPES:
+    for name in names:
         found = [perplexity(model, train(model, texts, args, RECIPES[name], i), chosen)
                  for i in seeds]
         mean = float(np.mean(found))
@@ -213,19 +218,12 @@ def controls(argv: argparse.Namespace) -> None:
     static = Path(argv.run) / "static.safetensors"
     zs = torch.cat([router.z, *([routing.load(static).z] if static.exists() else [])])
     N = len(router.z)
+    encoder = routing.open_encoder(hub.encoder_folder(), args.device, getattr(torch, args.dtype))
 
-    def table(texts: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Losses (masks, texts), predicted tokens and clusters of the texts."""
-        cut = [x["tokens"][:TOKENS] for x in texts]
-        found = np.array([losses(model, z, cut) for z in zs])
-        encoder = routing.open_encoder(hub.encoder_folder(), args.device,
-                                       getattr(torch, args.dtype))
-        k = routing.route(router, routing.encode(encoder, [x["text"] for x in texts]))
-        return found, np.array([len(x) - 1 for x in cut]), k.numpy()
-
-    first, n_first, _ = table(chosen)
-    best = int(first[:N].sum(1).argmin())
-    loss, n, k = table(judging)
+    first = [losses(model, z, [x["tokens"][:TOKENS] for x in chosen]).sum() for z in router.z]
+    best, cut = int(np.argmin(first)), [x["tokens"][:TOKENS] for x in judging]
+    loss, n = np.array([losses(model, z, cut) for z in zs]), np.array([len(x) - 1 for x in cut])
+    k = routing.route(router, routing.encode(encoder, [x["text"] for x in judging])).numpy()
     each = np.arange(len(n))
     ways = {"nearest centroid (Eq. 9)": loss[k, each], f"best single mask ({best})": loss[best],
             "random mask, in expectation": loss[:N].mean(0),
@@ -243,26 +241,26 @@ def controls(argv: argparse.Namespace) -> None:
                for j in range(N)] for i in range(N)]
     print("\n" + evaluate.matrix_report(matrix, np.bincount(k, minlength=N).tolist()))
     if argv.tasks_dir:
-        print("\n" + fig_1(argv, model, zs, loss, n))
+        print("\n" + fig_1(argv, args, model, zs, np.exp(loss.sum(1) / n.sum())))
 
 
-def fig_1(argv: argparse.Namespace, model: llm.Transformer, zs: torch.Tensor, loss: np.ndarray,
-          n: np.ndarray) -> str:
+def fig_1(argv: argparse.Namespace, args: argparse.Namespace, model: llm.Transformer,
+          zs: torch.Tensor, perplexities: np.ndarray) -> str:
     """Fig. 1: perplexity of each mask beside its scores on the tasks, in percent."""
-    args = igp.parse(["--tasks-dir", argv.tasks_dir, "--limit", str(argv.limit)])
+    args.tasks_dir, args.limit = argv.tasks_dir, argv.limit
     tokenizer = hub.load_tokenizer(hub.model_folder(hub.resolve(args.model)))
     rows = []
     for i, z in enumerate(zs):
         scores = []
-        for task in args.tasks:
+        for task in evaluate.FIELDS:
             questions = igp.open_task(task, args)
-            found = evaluate.score(model, tokenizer, questions, z.expand(len(questions), -1),
-                                   args.bos)
+            every = z.expand(len(questions), -1)
+            found = evaluate.score(model, tokenizer, questions, every, "auto")
             got = evaluate.accuracy(questions, found)
             scores.append(100 * got["acc" if got["acc_norm"] is None else "acc_norm"])
-        rows.append([i, f"{np.exp(loss[i].sum() / n.sum()):.2f}",
+        rows.append([i, f"{perplexities[i]:.2f}",
                      *(f"{x:.1f}" for x in [*scores, float(np.mean(scores))])])
-    return evaluate.markdown(["mask", "perplexity", *args.tasks, "average"], rows)
+    return evaluate.markdown(["mask", "perplexity", *evaluate.FIELDS, "average"], rows)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import study
 import torch
-from conftest import make_tokenizer
+from conftest import ROWS, make_tokenizer
 
 import hub
 import igp
@@ -72,8 +72,10 @@ def test_controls_are_recomputed_by_hand(checkpoint, encoder, tmp_path, monkeypa
     router = routing.load(out / "router.safetensors")
     router.z[:] = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()
     routing.save(router, out / "router.safetensors")
+    for task, row in ROWS.items():
+        (tmp_path / f"{task}.jsonl").write_text("\n".join([json.dumps(row)] * 2))
     capsys.readouterr()
-    study.controls(argparse.Namespace(run=str(out), tasks_dir=None))
+    study.controls(argparse.Namespace(run=str(out), tasks_dir=str(tmp_path), limit=2))
     printed = capsys.readouterr().out
     model = llm.load(folder, "cpu", torch.float32)
     args = argparse.Namespace(**json.loads((out / "results.json").read_text())["arguments"])
@@ -91,6 +93,8 @@ def test_controls_are_recomputed_by_hand(checkpoint, encoder, tmp_path, monkeypa
                         ("random mask, in expectation", table.mean(0).sum()),
                         ("oracle: the best mask of each text", table.min(0).sum())):
         assert f"| {name} | {np.exp(total / n):.2f} |" in printed
+    for i, total in enumerate(table.sum(1)):                      # Fig. 1
+        assert f"\n| {i} | {np.exp(total / n):.2f} | " in printed.split("| mask | perplexity |")[1]
     gap = (table.mean(0) - table[best]).mean() / (n / len(judging))
     assert f" | {gap:+.4f} ± " in printed and " | +0.0000 ± 0.0000 |" in printed
     assert "| static: N = 1, all tokens |" in printed and "Perplexity by cluster" in printed
