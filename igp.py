@@ -3,7 +3,7 @@
 Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Large Language Models",
         arXiv:2511.02213. This file is its Figure 2: Stage 1 clusters calibration texts and trains
         a mask per cluster, Stage 2 gives each input the mask of its nearest centroid.
-Left out: generation; rival methods (baselines.py).
+Left out: rival methods (baselines.py); sampled and batched generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts;
         b texts and w tokens in a batch, d hidden width, v vocabulary. Here t is the current
         sparsity of Eq. 7. z = 1 keeps a block, 0 skips it.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,6 +56,7 @@ RESTARTS = 10    # Silent: of k-means
 CHOOSING = 32    # training texts that choose between a mask's candidates, see `choose`
 # Silent: tokens of a held-out text that are judged. Table 5's training length; the demo's minutes.
 JUDGED = {"demo": 128, "paper": 512}
+NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 # What masks are made from: a run folder holds one value of each.
 IDENTITY = ("model", "calibration", "texts", "clusters", "samples", "length", "epochs",
             "batch_size", "lr", "lr_lambda", "gate", "granularity", "budget", "sparsity", "seed",
@@ -226,11 +228,13 @@ def checksum(results: dict) -> str:
 
 def open_run(args: argparse.Namespace) -> Run:
     """Fetches and opens every input, cheap checks first; ValueError for what does not fit."""
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
     name, out, texts = hub.resolve(args.model), Path(args.out), []
-    results = open_results(args, out)
+    results = {} if bare(args) else open_results(args, out)
     from_hub = [] if args.tasks_dir else [task for task in args.tasks if task in hub.HUB_TASKS]
-    hub.check_access(name, args.calibration, from_hub)
-    if args.calibration not in hub.HUB_TEXTS:
+    hub.check_access(name, "wikipedia" if bare(args) else args.calibration, from_hub)
+    if not bare(args) and args.calibration not in hub.HUB_TEXTS:
         texts = hub.calibration_texts(args.calibration, None)
         hub.split(texts)                                         # enough of them?
     questions = {task: open_task(task, args) for task in args.tasks}
@@ -245,8 +249,25 @@ def open_run(args: argparse.Namespace) -> Run:
                          f"{config.vocab_size}: they belong to different models")
     B = 2 * config.num_hidden_layers
     router = finished_router(args.router, name, B) if args.router else None
+    if args.prompt is not None:
+        check_prompt(args.prompt, tokenizer, bos, config)
     encoder_folder, dtype = hub.encoder_folder(), getattr(torch, args.dtype)
     encoder = routing.open_encoder(encoder_folder, args.device, dtype)
+    train, judge = ([], []) if bare(args) else open_texts(texts, tokenizer, config, args)
+    if router is not None:                                       # of this encoder's width?
+        routing.route(router, routing.encode(encoder, ["x"]))
+    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, bos, encoder,
+               encoder_folder, train, judge, questions, results, router)
+
+
+def bare(args: argparse.Namespace) -> bool:
+    """--prompt with --router: nothing is trained or judged, no text is read, no folder written."""
+    return args.prompt is not None and args.router is not None
+
+
+def open_texts(texts: list[dict], tokenizer, config: llm.Config,
+               args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Run.train and Run.judge, with their tokens; texts: all of --calibration, [] for the hub's."""
     texts = texts or hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
     # Silent: BOS of calibration and judging texts. The tokenizer's own habit.
     encodings = tokenizer.encode_batch([x["text"] for x in texts])
@@ -254,13 +275,17 @@ def open_run(args: argparse.Namespace) -> Run:
         text["tokens"] = encoding.ids[:config.max_position_embeddings]
     train, _, judge = hub.split([x for x in texts if len(x["tokens"]) > 1])
     train, judged = train[:args.texts], JUDGED[args.preset]
-    judge = [x | {"tokens": x["tokens"][:judged]} for x in judge]
     if args.clusters > len(train):
         raise ValueError(f"--clusters {args.clusters} is more than the {len(train)} texts")
-    if router is not None:                                       # of this encoder's width?
-        routing.route(router, routing.encode(encoder, [train[0]["text"]]))
-    return Run(args, out, llm.load(folder, args.device, dtype), tokenizer, bos, encoder,
-               encoder_folder, train, judge, questions, results, router)
+    return train, [x | {"tokens": x["tokens"][:judged]} for x in judge]
+
+
+def check_prompt(text: str, tokenizer, bos: int | str, config: llm.Config) -> None:
+    """ValueError for a prompt without a token, or with no room for another one."""
+    n, longest = len(evaluate.encode(tokenizer, text, bos)), config.max_position_embeddings
+    if not text.strip() or not 0 < n < longest:
+        raise ValueError(f"--prompt has {n if text.strip() else 0} tokens; give it a text of 1 to "
+                         f"{longest - 1} (max_position_embeddings is {longest})")
 
 
 def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
@@ -615,6 +640,8 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
     add("--gate", choices=GATES, default="paper", help="which reading of Eq. 4")
     # Stage 2
     add("--router", help="apply this router.safetensors, train nothing")
+    add("--prompt", help="a text to go on from, or - for standard input, under igp's mask for it, "
+        "instead of evaluating")
     add("--tasks", help=f"zero-shot, comma-separated, of {', '.join(TASKS)}; '' for none; if not "
         "given all but the first with --tasks-dir or a calibration from the hub, else the first "
         "with wikipedia")
@@ -645,6 +672,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.exit(2, f"igp.py: error: {message}\n")
 
     args = p.parse_args(argv)
+    if args.prompt is not None:
+        if args.method not in (None, "igp") or args.tasks:
+            error("--prompt asks igp for a text, no tasks; leave --method and --tasks out")
+        args.method, args.tasks = "igp", ""
     if args.tasks is None:
         args.tasks = {"wikipedia": "wiki_what"}.get(args.calibration, "")
         if args.tasks_dir or args.calibration in hub.HUB_TEXTS:
@@ -696,6 +727,7 @@ def estimate(run: Run) -> float:
     texts = args.samples * args.epochs * args.clusters * (
         masks * (1 - share) + bool(masks) * share + rivals)
     passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
+    passes *= args.prompt is None
     judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
     asked = [q for questions in run.questions.values() for q in questions]
     judging += len(args.method) * llm.flops(config, 1) * sum(    # about 4 characters a token
@@ -703,8 +735,8 @@ def estimate(run: Run) -> float:
     return (2 * texts * llm.flops(config, args.length) + judging) / (0.6 * rate) / 60
 
 
-def pipeline(run: Run) -> str:
-    """The paper's Figure 2, and the report of it."""
+def stage_1(run: Run) -> dict:
+    """The router of every method of --method, trained, searched, or given; None for dense."""
     args, results, routers = run.args, run.results, {"dense": None, "igp": run.router}
     for name in (name for name in args.method if name in baselines.RIVALS):
         with stage(run, f"search of {name}"):
@@ -722,7 +754,13 @@ def pipeline(run: Run) -> str:
                 results["clusters_found"] = describe(run, e, mu, labels)
         with stage(run, f"masks of {name}"):
             routers[name] = train_masks(run, name, mu, labels)   # Eq. 3-8
-    for name in args.method:                                     # Stage 2: routing, Eq. 9 and 10
+    return routers
+
+
+def stage_2(run: Run, routers: dict) -> str:
+    """Routing (Eq. 9, 10) and evaluation of every method; the report."""
+    args, results = run.args, run.results
+    for name in args.method:
         row = next((row for row in results["rows"] if row["name"] == name), None)
         if row is None:
             with stage(run, f"texts of {name}"):
@@ -736,6 +774,45 @@ def pipeline(run: Run) -> str:
     return evaluate.report(results)
 
 
+def answer(run: Run, router: routing.Router) -> str:
+    """Stage 2 of --prompt: prints its mask and the text as it comes; returns the cost as a table.
+
+    Silent: what is routed. The prompt; its mask stays for all of the text. Greedy, without a chat
+    template. The FLOPs are those of prompt and text, as one forward.
+    """
+    model, prompt, rows = run.model, run.args.prompt, []
+    e = routing.encode(run.encoder, [prompt])                    # Eq. 1
+    k = int(routing.route(router, e)[0])                         # Eq. 9
+    z = router.z[k]                                              # Eq. 10
+    square = ((e[0] - router.mu[k].numpy()) ** 2).sum()
+    print(f"Cluster {k} of {len(router.mu)}, |e - c_k|^2 = {square:.4f}. M^x skips "
+          f"{(~z[0::2]).sum()} attention and {(~z[1::2]).sum()} FFN blocks of {model.B}:\n"
+          f"{evaluate.picture(z)}\n")
+    ids = evaluate.encode(run.tokenizer, prompt, run.bos)
+    longest = min(len(ids) + NEW_TOKENS, model.config.max_position_embeddings)
+    next(llm.generate(model, ids, model.new_cache(1, longest)))  # reads the weights once, untimed
+    for name, mask in (("igp", z), ("dense", None)):
+        cache, seconds = model.new_cache(1, longest, mask), []
+        stream, start = DecodeStream(skip_special_tokens=True), time.perf_counter()
+        for token in llm.generate(model, ids, cache):
+            seconds.append(time.perf_counter() - start)
+            text = stream.step(run.tokenizer, token)
+            if name == "igp" and text:
+                print(text, end="", flush=True)
+            start = time.perf_counter()
+        t, decode = cache.length, sum(seconds[1:])
+        dense = llm.flops(model.config, t)
+        ratio = llm.flops(model.config, t, mask) / dense
+        routed = routing.encoder_flops(run.encoder_folder, len(ids)) / dense * (len(router.mu) > 1)
+        rows.append([name, f"{len(ids) / seconds[0]:.0f}",
+                     f"{(len(seconds) - 1) / decode:.1f}" if decode else "-",
+                     f"{cache.bytes / 2**20:.3f}", f"{ratio:.1%}",
+                     f"{ratio + routed * (mask is not None):.1%}"])
+    return "\n\n" + evaluate.markdown(
+        [f"{len(ids)} tokens of prompt", "prefill tokens/s", "decode tokens/s",
+         f"K and V of {longest} tokens, MiB", "FLOPs", "FLOPs + router"], rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 after one line on stderr for what the user can mend."""
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -745,12 +822,15 @@ def main(argv: list[str] | None = None) -> int:
         """The run, alone in its folder."""
         new = not out.exists()
         try:
-            with hub.locked(out, wait=False):
+            with contextlib.nullcontext() if bare(args) else hub.locked(out, wait=False):
                 run = open_run(args)
+                plan = "" if bare(args) else (f"; training and evaluation take about "
+                                              f"{estimate(run):.0f} minutes; writing {out}")
                 print(f"{args.model} on {args.device}, {args.dtype}, {torch.get_num_threads()} "
-                      f"threads; training and evaluation take about {estimate(run):.0f} minutes; "
-                      f"writing {out}", file=sys.stderr)
-                print(pipeline(run))
+                      f"threads{plan}", file=sys.stderr)
+                routers = stage_1(run)
+                print(stage_2(run, routers) if args.prompt is None
+                      else answer(run, routers["igp"]))
         finally:
             if new and out.exists() and not any(out.iterdir()):
                 out.rmdir()                                      # refused: nothing is left behind

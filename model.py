@@ -3,13 +3,14 @@
 Source: Sec. 3.1 ("Dynamic Routing for FFN and Attention Blocks") of IG-Pruning, arXiv:2511.02213;
         Llama 3 (arXiv:2407.21783), Qwen3 (arXiv:2505.09388), GQA (arXiv:2305.13245),
         RoPE (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467).
-Left out: KV cache and generation, dropout, biases, sliding windows, experts, quantised weights.
+Left out: dropout, biases, sliding windows, experts, quantised weights; batches in generation.
 Dims:   b batch, t tokens, d hidden_size, h query heads, h_kv key and value heads, d_h head_dim,
         f intermediate_size, v vocab_size, L layers, B = 2L blocks.
 Blocks: block 2i is the attention of layer i, block 2i+1 its FFN. z = 1 keeps a block, 0 skips it.
 """
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Config:
     rope_theta: float
     rope_scaling: dict | None     # None, or the four numbers of llama3 scaling
     tie_word_embeddings: bool     # the head is the embedding matrix
+    eos_token_id: tuple           # ids that end a generated text; may be none
 
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -81,6 +83,10 @@ def read_config(folder: str | Path) -> Config:
         _check_number(path, key, value.get(key), kind)
     for key, number in (value["rope_scaling"] or {}).items():
         _check_number(path, key, number, float)
+    eos = value.get("eos_token_id")                               # null, an id, or several
+    value["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None)
+    if any(type(x) is not int for x in value["eos_token_id"]):
+        raise ValueError(f"{path}: eos_token_id is {eos!r}, expected ids, an id or null")
     if value["num_attention_heads"] % value["num_key_value_heads"] or value["head_dim"] % 2:
         raise ValueError(f"{path}: num_key_value_heads={value['num_key_value_heads']} must divide "
                          f"num_attention_heads={value['num_attention_heads']}, and "
@@ -156,6 +162,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+def score_dtype(x: Tensor) -> torch.dtype:
+    """What Q, K and V are in for softmax(Q K^T) V, and in the cache: x's dtype on a GPU.
+
+    On a CPU float32: bf16 takes twice the time there, most of it in the backward pass.
+    """
+    return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d_h)) V with h query heads on h_kv key and value heads, then W_O."""
 
@@ -172,20 +186,31 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(d_h, config.rms_norm_eps)
         self.qk_norm = config.model_type == "qwen3"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, attend: Tensor | None, kv: Tensor | None = None,
+                start: int = 0) -> Tensor:
         b, t, _ = x.shape
+        k, v = self.keys_values(x, rope, kv, start)               # (b, h_kv, start + t, d_h)
         q = self.q_proj(x).view(b, t, -1, self.d_h)               # (b, t, h, d_h)
-        k = self.k_proj(x).view(b, t, -1, self.d_h)               # (b, t, h_kv, d_h)
-        v = self.v_proj(x).view(b, t, -1, self.d_h)               # (b, t, h_kv, d_h)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # On a CPU bf16 attention takes twice the time of float32, most of it in the backward pass.
-        inner = torch.float32 if x.device.type == "cpu" else x.dtype
-        q, k, v = (y.transpose(1, 2).to(inner) for y in (q, k, v))  # (b, heads, t, d_h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None,
-                                           enable_gqa=True)       # (b, h, t, d_h)
+        q = rotate(self.q_norm(q) if self.qk_norm else q, *rope).transpose(1, 2)
+        y = F.scaled_dot_product_attention(                       # (b, h, t, d_h)
+            q.to(v.dtype), k, v, attn_mask=attend, is_causal=attend is None and t > 1,
+            enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1).to(x.dtype))  # (b, t, d)
+
+    def keys_values(self, x: Tensor, rope: tuple, kv: Tensor | None, start: int) -> tuple:
+        """K and V of x (b, t, d), both (b, h_kv, t, d_h); with kv, of `Cache`, after those before.
+
+        In `score_dtype`. kv: where K and V of `start` earlier tokens are, and the new ones go.
+        """
+        b, t, _ = x.shape
+        k = self.k_proj(x).view(b, t, -1, self.d_h)               # (b, t, h_kv, d_h)
+        v = self.v_proj(x).view(b, t, -1, self.d_h)
+        k = rotate(self.k_norm(k) if self.qk_norm else k, *rope)
+        k, v = (y.transpose(1, 2).to(score_dtype(x)) for y in (k, v))
+        if kv is None:
+            return k, v
+        kv[0, :, :, start:start + t], kv[1, :, :, start:start + t] = k, v
+        return tuple(kv[:, :, :, :start + t])
 
 
 class FFN(nn.Module):
@@ -213,6 +238,24 @@ class Layer(nn.Module):
         self.mlp = FFN(config)
 
 
+@dataclass
+class Cache:
+    """K and V of the tokens so far, so that the next token's forward runs on that token alone.
+
+    From `Transformer.new_cache`. An attention that its z skips has no place in it, unless keep_kv.
+    """
+
+    kv: list[Tensor | None]  # a layer's K and V in one tensor (2, b, h_kv, longest, d_h), or None
+    z: Tensor | None         # the z that `generate` runs
+    longest: int             # room, in tokens
+    length: int = 0          # tokens that it holds
+
+    @property
+    def bytes(self) -> int:
+        """Memory of K and V, allocated once for `longest` tokens."""
+        return sum(kv.nbytes for kv in self.kv if kv is not None)
+
+
 class Transformer(nn.Module):
     """A frozen decoder with gated blocks: x += z_2i Attn(norm x), then x += z_2i+1 FFN(norm x)."""
 
@@ -229,33 +272,67 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(d, v, bias=False)
 
-    def forward(self, tokens: Tensor, z: Tensor | None = None, *,
+    def forward(self, tokens: Tensor, z: Tensor | None = None, cache: Cache | None = None,
                 positions: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
         """Hidden states (b, t, d) after the last norm; `head` makes logits of those one needs.
 
         tokens (b, t) integers. z None: the dense model. z boolean (B,): block i runs where z_i is
         true; a skipped one launches nothing (Sec. 3.1, inference). z float (B,) or (b, B):
         multiplies each block's output before the residual addition; gradients reach z (training).
-        positions (b, t), by default 0 .. t-1. attend boolean, broadcast to (b, h, t, t): query
-        row may see key column; by default causal. Padding on the right needs no `attend`.
-        Raises ValueError for a z of another shape.
-        Deviates: the paper still computes K and V of a skipped attention for its cache. With one
-        z per sequence nothing ever reads them, so they are skipped too.
+        cache: of `new_cache`; tokens follow those that it holds, and are added to it.
+        positions (b, t), by default from 0, or from the cache's end, up. attend boolean, broadcast
+        to (b, h, t, all tokens): query row may see key column; by default causal. Padding on the
+        right needs no `attend`.
+        Raises ValueError for a z of another shape, and for a cache that is full or has no place
+        for an attention that z keeps.
+        Deviates: the paper still computes K and V of a skipped attention for its cache; here that
+        is keep_kv. With one z per sequence nothing ever reads them, so they are skipped too.
         """
         b, t = tokens.shape
         keep, soft = self._gates(z, b)
+        kv, start = (cache.kv, cache.length) if cache else ([None] * len(self.model.layers), 0)
+        if cache:
+            self._check_room(cache, keep, t)
         if positions is None:
-            positions = torch.arange(t, device=tokens.device)
+            positions = torch.arange(start, start + t, device=tokens.device)
+        if attend is None and start and t > 1:                    # causal, and all that came before
+            attend = torch.ones(t, start + t, dtype=torch.bool, device=tokens.device).tril(start)
         x = self.model.embed_tokens(tokens)                       # (b, t, d)
-        cos, sin = rope_angles(self.config, positions)
+        rope = rope_angles(self.config, positions)
         for i, layer in enumerate(self.model.layers):
             if keep[2 * i]:
-                y = layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
+                y = layer.self_attn(layer.input_layernorm(x), rope, attend, kv[i], start)
                 x = x + y if soft is None else torch.addcmul(x, soft[2 * i], y)
+            elif kv[i] is not None:                               # keep_kv
+                layer.self_attn.keys_values(layer.input_layernorm(x), rope, kv[i], start)
             if keep[2 * i + 1]:
                 y = layer.mlp(layer.post_attention_layernorm(x))
                 x = x + y if soft is None else torch.addcmul(x, soft[2 * i + 1], y)
+        if cache:
+            cache.length += t
         return self.model.norm(x)
+
+    def new_cache(self, b: int, longest: int, z: Tensor | None = None,
+                  keep_kv: bool = False) -> Cache:
+        """An empty Cache for b sequences of `longest` tokens under z, as `forward` takes it.
+
+        keep_kv: the paper's rule (Sec. 3.1), K and V of every attention. Only with it may z change
+        from one call to the next; for a fixed z it costs time and memory, and changes nothing.
+        """
+        config, weight, (keep, _) = self.config, self.head_weight, self._gates(z, b)
+        shape = (2, b, config.num_key_value_heads, longest, config.head_dim)
+        kv = [torch.empty(shape, dtype=score_dtype(weight), device=weight.device)
+              if keep_kv or kept else None for kept in keep[0::2]]
+        return Cache(kv, z, longest)
+
+    @staticmethod
+    def _check_room(cache: Cache, keep: list[bool], t: int) -> None:
+        """ValueError unless t tokens fit, and every attention of `keep` has its place."""
+        if cache.length + t > cache.longest:
+            raise ValueError(f"{cache.length} + {t} tokens do not fit a cache of {cache.longest}")
+        if any(kept and kv is None for kept, kv in zip(keep[0::2], cache.kv, strict=True)):
+            raise ValueError("z keeps an attention that the cache was not made for; only with "
+                             "keep_kv may z change")
 
     def _gates(self, z: Tensor | None, b: int) -> tuple[list[bool], Tensor | None]:
         """Which blocks run, and for a soft z its columns (B, b or 1, 1, 1) in the model's dtype."""
@@ -278,6 +355,31 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of hidden states (..., d), in the model's dtype."""
         return F.linear(hidden, self.head_weight)
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompt: list[int], cache: Cache, temperature: float = 0.0,
+             generator: torch.Generator | None = None) -> Iterator[int]:
+    """Yields the ids that follow `prompt`, one at a time, up to EOS, which is the last of them.
+
+    cache: empty, for one sequence; its z gates every block of prompt and text alike (Eq. 10), and
+    both together get cache.longest tokens at most. Raises ValueError for a longer prompt.
+    temperature 0: the likeliest token. Above: drawn from softmax(logits / temperature) by
+    generator, on the CPU. The first id costs the prompt's forward (prefill), each further one a
+    forward of one token (decode).
+    """
+    tokens, device = prompt, model.head_weight.device
+    while True:
+        hidden = model(torch.tensor([tokens], device=device), cache.z, cache)
+        logits = model.head(hidden[0, -1]).float().cpu()          # (v,)
+        if temperature > 0:
+            p = torch.softmax(logits / temperature, -1)
+            tokens = [int(torch.multinomial(p, 1, generator=generator))]
+        else:
+            tokens = [int(logits.argmax())]
+        yield tokens[0]
+        if tokens[0] in model.config.eos_token_id or cache.length + 1 >= cache.longest:
+            return
 
 
 # ---------------------------------------------------------------------------- weights

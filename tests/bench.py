@@ -1,15 +1,19 @@
 """Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
 
-Run:  python tests/bench.py [forward training kmeans encoding] [--json FILE]
+Run:  python tests/bench.py [forward training kmeans encoding prefill decode router] [--json FILE]
+      python tests/bench.py prefill-1b decode-1b          (minutes; 6 GB)
       python tests/bench.py scoring --tasks-dir FOLDER    (needs lm-eval==0.4.13 and accelerate)
 Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
       kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default;
+      prefill and decode: the embedded default, or a random model of Llama-3.2-1B's shape, dense
+      against transformers, and under masks against the same model built without those blocks;
       scoring, 200 rows of each of the six tasks on the embedded default, against
       lm-evaluation-harness at the best of four batch sizes.
 Ratio is the median of ours / peer over the interleaved pairs; spread is the range of the middle
 half of those ratios. Run nothing beside it.
 """
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -33,6 +37,17 @@ SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
            "head_dim": 64, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
+LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0,
+                                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 8192}}
+LLAMA_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False,
+                      ())
+PROMPTS = (32, 128, 512)                # tokens
+SKIPPED = ((6, 2), (12, 4), (15, 7))    # of 30 and 30 attention and FFN blocks: 8, 16, 22 of 60
+STEPS = 16                              # tokens decoded in one measurement
 b, w = 8, 96  # sequences and tokens of a forward and of a training step
 REPEATS = 15
 
@@ -53,7 +68,7 @@ def paired(ours, peer, repeats: int = REPEATS) -> tuple[float, float, float, flo
     return *np.median(seconds, axis=0), float(np.median(ratio)), float(high - low)
 
 
-def row(name: str, unit: str, goal: float, measured: tuple, better: str = "less") -> dict:
+def row(name: str, unit: str, goal: float | None, measured: tuple, better: str = "less") -> dict:
     """One line of the table and of --json; measured is (ours, peer) or what `paired` returns."""
     ours, peer, ratio, spread = measured if len(measured) == 4 else (
         *measured, measured[0] / measured[1], 0.0)
@@ -61,18 +76,137 @@ def row(name: str, unit: str, goal: float, measured: tuple, better: str = "less"
             "ratio": float(ratio), "spread": float(spread), "goal": goal, "better": better}
 
 
-def both_models(dtype: torch.dtype):
-    """(ours, transformers' with sdpa), of SmolLM2's shape, with the same random weights."""
+def both_models(dtype: torch.dtype, sizes: dict = SMOLLM2):
+    """(ours, transformers' with sdpa), with the same random weights, in memory once."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, attn_implementation="sdpa")
+    reference = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        config.save_pretrained(folder)
+        ours = llm.Transformer(llm.read_config(folder))
+    names = ours.state_dict()
+    ours.load_state_dict({k: x for k, x in reference.state_dict().items() if k in names},
+                         assign=True)
+    return ours.eval().requires_grad_(False), reference
+
+
+def embedded_models(dtype: torch.dtype):
+    """(ours, transformers' with sdpa) of the embedded default."""
+    from transformers import LlamaForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(LlamaConfig(**SMOLLM2, tie_word_embeddings=True,
-                                             attn_implementation="sdpa")).to(dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        ours = llm.load(folder, "cpu", dtype)
-    return ours, reference.eval().requires_grad_(False)
+    folder = hub.model_folder(hub.EMBEDDED)
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return llm.load(folder, "cpu", dtype), reference.eval().requires_grad_(False)
+
+
+def z_of(L: int, attention: int, ffn: int) -> torch.Tensor:
+    """A z that skips so many blocks of 30 and 30, scaled to L layers, spread over the depth."""
+    z = torch.ones(L, 2, dtype=torch.bool)
+    for column, n in enumerate((attention, ffn)):
+        n = round(n * L / 30)
+        z[(torch.arange(n) + 0.5).mul(L / n).long(), column] = False
+    return z.flatten()
+
+
+def built_without(model: llm.Transformer, z: torch.Tensor, longest: int):
+    """The same weights as a chain of the kept blocks alone: run(tokens, start) -> logits (v,)."""
+    chain = []
+    for i, layer in enumerate(model.model.layers):
+        if z[2 * i]:
+            shape = (2, 1, model.config.num_key_value_heads, longest, model.config.head_dim)
+            kv = torch.empty(shape, dtype=llm.score_dtype(model.head_weight))
+            chain.append((layer.input_layernorm, layer.self_attn, kv))
+        if z[2 * i + 1]:
+            chain.append((layer.post_attention_layernorm, layer.mlp, None))
+
+    @torch.inference_mode()
+    def run(tokens: torch.Tensor, start: int) -> torch.Tensor:
+        x = model.model.embed_tokens(tokens)
+        rope = llm.rope_angles(model.config, torch.arange(start, start + tokens.shape[1]))
+        for norm, block, kv in chain:
+            x = x + (block(norm(x)) if kv is None else block(norm(x), rope, None, kv, start))
+        return model.head(model.model.norm(x)[0, -1])
+
+    return run
+
+
+def cached(model: llm.Transformer, z: torch.Tensor | None, longest: int):
+    """Our forward: run(tokens, start) -> logits (v,) of the last; start tokens are in the cache."""
+    cache = model.new_cache(1, longest, z)
+
+    @torch.inference_mode()
+    def run(tokens: torch.Tensor, start: int) -> torch.Tensor:
+        cache.length = start
+        return model.head(model(tokens, z, cache)[0, -1])
+
+    return run
+
+
+def cached_by_transformers(reference):
+    """The same with transformers' DynamicCache, as its own generate uses it."""
+    from transformers import DynamicCache
+    state = {}
+
+    @torch.inference_mode()
+    def run(tokens: torch.Tensor, start: int) -> torch.Tensor:
+        if start == 0:
+            state["cache"] = DynamicCache()
+        elif state["cache"].get_seq_length() > start:
+            state["cache"].crop(start)
+        return reference(tokens, past_key_values=state["cache"], logits_to_keep=1).logits[0, -1]
+
+    return run
+
+
+def skipping(kind: str, shape: str, dtype: torch.dtype):
+    """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
+
+    Dense against transformers, each mask against `built_without`, then against dense.
+    """
+    large = shape == "llama-1b"
+    model, reference = both_models(dtype, LLAMA_1B) if large else embedded_models(dtype)
+    for n in PROMPTS:
+        tokens, name = torch.randint(20, 40000, (1, n + STEPS)), f"{kind} {shape} {n}"
+        sides = {"dense": cached(model, None, n + STEPS), "peer": cached_by_transformers(reference)}
+        for skipped in SKIPPED:
+            z = z_of(model.config.num_hidden_layers, *skipped)
+            sides[skipped] = cached(model, z, n + STEPS), built_without(model, z, n + STEPS), z
+
+        def timed(run, n=n, tokens=tokens):
+            """What is measured of a side, after its prompt if it decodes."""
+            if kind == "prefill":
+                return lambda: run(tokens[:, :n], 0)
+            run(tokens[:, :n], 0)
+            return lambda: [run(tokens[:, i:i + 1], i) for i in range(n, n + STEPS)]
+
+        repeats = 5 if large else REPEATS
+        dense = timed(sides["dense"])
+        yield row(name, "s", 1.05, paired(dense, timed(sides["peer"]), repeats))
+        for ours, built, z in (sides[skipped] for skipped in SKIPPED):
+            ours, what = timed(ours), f"{name}, {int((~z).sum())} of {len(z)} skipped"
+            yield row(f"{what}, of built without", "s", 1.03, paired(ours, timed(built), repeats))
+            share = llm.flops(model.config, n, z) / llm.flops(model.config, n)
+            yield row(f"{what}, of dense (FLOPs {share:.3f})", "s", None,
+                      paired(ours, dense, repeats))
+
+
+def router_share(dtype: torch.dtype):
+    """Eq. 1 and 9 of a text against its dense prefill; and in FLOPs against an 8B model's."""
+    folder, path = hub.encoder_folder(), hub.model_folder(hub.EMBEDDED)
+    encoder, tokenizer = routing.open_encoder(folder, "cpu", dtype), hub.load_tokenizer(path)
+    model, text = llm.load(path, "cpu", dtype), " ".join(
+        x["text"] for x in hub.calibration_texts("wikipedia", None)[:20])
+    router = routing.Router(torch.randn(16, 384), torch.ones(16, 60).bool(), torch.ones(16, 60), {})
+    for n in PROMPTS:
+        ids = tokenizer.encode(text).ids[:n]
+        words, run = tokenizer.decode(ids), cached(model, None, n)
+        yield row(f"router, of prefill smollm2 {n}", "s", None, paired(
+            lambda words=words: routing.route(router, routing.encode(encoder, [words])),
+            lambda run=run, ids=ids: run(torch.tensor([ids]), 0)))
+        yield row(f"router, of Meta-Llama-3-8B {n}", "FLOP", None,
+                  (routing.encoder_flops(folder, n), llm.flops(LLAMA_8B, n)))
 
 
 def both_steps(ours: llm.Transformer, reference, generator: torch.Generator):
@@ -221,7 +355,11 @@ def scoring(dtype: torch.dtype, folder: Path | None, limit: int = 200):
 
 
 PARTS = {"forward": forward, "training": training, "kmeans": clustering, "encoding": encoding,
-         "scoring": scoring}
+         "prefill": functools.partial(skipping, "prefill", "smollm2"),
+         "decode": functools.partial(skipping, "decode", "smollm2"), "router": router_share,
+         "prefill-1b": functools.partial(skipping, "prefill", "llama-1b"),
+         "decode-1b": functools.partial(skipping, "decode", "llama-1b"), "scoring": scoring}
+LONG = ("prefill-1b", "decode-1b", "scoring")  # only if asked for
 
 
 def main() -> None:
@@ -236,13 +374,15 @@ def main() -> None:
     dtype, lines = getattr(torch, igp.best_dtype("cpu")), []
     print(f"{dtype}, {torch.get_num_threads()} threads\n", flush=True)
     print("| what | ours | peer | unit | ratio | spread | goal |\n" + "| --- " * 7 + "|")
-    for part in args.parts or [part for part in PARTS if part != "scoring"]:
+    for part in args.parts or [part for part in PARTS if part not in LONG]:
         more = (args.tasks_dir,) if part == "scoring" else ()
         for line in PARTS[part](dtype, *more):
             sign = "<=" if line["better"] == "less" else ">="
-            met = line["ratio"] <= line["goal"] if sign == "<=" else line["ratio"] >= line["goal"]
+            goal = "-" if line["goal"] is None else f"{sign} {line['goal']}"
+            met = goal == "-" or (line["ratio"] <= line["goal"] if sign == "<="
+                                  else line["ratio"] >= line["goal"])
             print(f"| {line['name']} | {line['ours']:.4g} | {line['peer']:.4g} | {line['unit']} | "
-                  f"{line['ratio']:.3f} | {line['spread']:.3f} | {sign} {line['goal']}"
+                  f"{line['ratio']:.3f} | {line['spread']:.3f} | {goal}"
                   f"{'' if met else ', missed'} |", flush=True)
             lines.append(json.dumps(line) + "\n")
             if args.json:

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -727,6 +728,109 @@ def test_what_cannot_be_skipped_is_refused(deep, capsys, more, says):
     except SystemExit as e:
         code = e.code
     assert code == 2 and says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ --prompt
+
+PROMPT = "w3 w50 w7 w7 w61"
+
+
+@pytest.fixture
+def prompted(command, checkpoint, tmp_path):
+    """The command with --prompt and a router of two sure masks, made by hand, and that router."""
+    path = tmp_path / "router.safetensors"
+    mu = torch.nn.functional.normalize(torch.randn(2, 24, generator=torch.Generator().manual_seed(
+        0)))
+    z = torch.tensor([[1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0]]).bool()
+    router = routing.Router(mu, z, torch.ones(2, 6), {"model": str(tmp_path / "qwen3-False-True")})
+    routing.save(router, path)
+    return [*command, "--router", str(path), "--prompt", PROMPT], router
+
+
+def test_a_prompt_gets_the_text_of_its_own_mask(prompted, tmp_path, encoder, capsys, monkeypatch):
+    """Against transformers with hooks; from a router alone: no text is read, no folder written."""
+    command, router = prompted
+    monkeypatch.setattr(hub, "calibration_texts", None)
+    assert igp.main(command) == 0
+    out = capsys.readouterr().out
+    model = routing.open_encoder(encoder, "cpu", torch.float32)
+    e = torch.from_numpy(routing.encode(model, [PROMPT]))
+    k, square = ((e - router.mu) ** 2).sum(1).argmin(), ((e - router.mu) ** 2).sum(1).min()
+    z = router.z[k]
+    assert f"Cluster {k} of 2, |e - c_k|^2 = {square:.4f}. M^x skips {(~z[0::2]).sum()} " in out
+    assert f"and {(~z[1::2]).sum()} FFN blocks of 6:\n{evaluate.picture(z)}\n" in out
+
+    tokenizer, reference = make_tokenizer(), make_reference("qwen3")
+    hook_gates(reference, z.float())
+    ids = tokenizer.encode(PROMPT).ids
+    new = reference.generate(torch.tensor([ids]), max_new_tokens=123, do_sample=False,
+                             pad_token_id=0)[0, len(ids):].tolist()
+    config = llm.read_config(tmp_path / "qwen3-False-True")
+    assert len(new) == 123 and not config.eos_token_id       # up to max_position_embeddings
+    assert f"\n\n{tokenizer.decode(new)}\n\n| 5 tokens of prompt |" in out
+    assert not (tmp_path / "run").exists()
+
+    rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:]
+            for line in out.splitlines()[-2:]}
+    t = len(ids) + len(new) - 1                              # the last one is not run
+    share = llm.flops(config, t, z) / llm.flops(config, t)
+    routed = routing.encoder_flops(encoder, 5) / llm.flops(config, t)
+    assert rows["igp"][3:] == [f"{share:.1%}", f"{share + routed:.1%}"]
+    assert rows["dense"][3:] == ["100.0%", "100.0%"]
+
+
+def test_the_cost_table_counts_the_cache_and_times_both(prompted, capsys, monkeypatch):
+    """A clock of ours: every look at it takes a second, so that a token takes one."""
+    command, router = prompted
+    clock = iter(range(10**6))
+    monkeypatch.setattr(igp.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(igp, "NEW_TOKENS", 9)
+    assert igp.main(command) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    kv = 2 * 2 * 14 * 10 * 4 / 2**20                         # a layer's, of 14 tokens
+    assert rows[0][:4] == ["igp", "5", "1.0", f"{2 * kv:.3f}"]
+    assert rows[1][:4] == ["dense", "5", "1.0", f"{3 * kv:.3f}"]
+
+
+def test_a_prompt_trains_the_masks_it_needs_and_a_run_goes_on(command, tmp_path, capsys,
+                                                              monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert igp.main([*command, "--prompt", "-"]) == 0
+    out = capsys.readouterr().out
+    assert "Cluster " in out and "| igp | " in out and "perplexity" not in out
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["rows"] == [] and len(results["training"]) == 3
+    monkeypatch.setattr(igp, "train_mask", None)             # they are kept
+    assert igp.main([*command, "--prompt", PROMPT]) == 0
+    again = capsys.readouterr().out
+    assert again.split("| 5 tokens")[0] == out.split("| 5 tokens")[0]
+    assert igp.main([*command, "--method", "igp", "--tasks", ""]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (["--prompt", ""], "--prompt has 0 tokens"), (["--prompt", " \n"], "--prompt has 0 tokens"),
+    (["--prompt", "w1 " * 128], "--prompt has 128 tokens; give it a text of 1 to 127"),
+    (["--router", "gone.safetensors"], "gone.safetensors"),
+    (["--model", "."], "config.json")])
+def test_a_prompt_that_cannot_be_answered_is_refused(prompted, capsys, monkeypatch, change, named):
+    monkeypatch.setattr(llm, "load", None)                   # before the weights are read
+    assert named in refused([*prompted[0], *change], capsys)
+
+
+def test_a_prompt_under_a_foreign_router_is_refused(prompted, tmp_path, capsys):
+    command, router = prompted
+    for change, named in (({"identity": {"model": "qwen3-8b"}}, "was made for qwen3-8b"),
+                          ({"mu": torch.ones(2, 99)}, "24 wide, centroids 99")):
+        routing.save(dataclasses.replace(router, **change), tmp_path / "router.safetensors")
+        assert named in refused(command, capsys)
+
+
+def test_a_prompt_asks_igp_alone(capsys):
+    for more in (["--method", "sleb"], ["--tasks", "piqa"]):
+        with pytest.raises(SystemExit):
+            igp.main(["--prompt", "x", *more])
+        assert "--prompt asks igp for a text" in capsys.readouterr().err
 
 
 def test_picture_and_matrix_report():

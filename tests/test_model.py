@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import FAMILIES, LLAMA3_ROPE, SIZES, edit_json, hook_gates, make_reference
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import hub
 import model as llm
 
 B = 2 * SIZES["num_hidden_layers"]
@@ -103,6 +105,183 @@ def test_a_z_of_another_shape_is_refused(checkpoint, tokens, z):
         model(tokens, z)
 
 
+# ------------------------------------------------------------------ cache and generation
+
+
+def stepwise(model, tokens, z, cache, parts):
+    """Logits of tokens that go through the cache in `parts`, each a number of them."""
+    out = [logits(model, part, z, cache=cache) for part in tokens.split(parts, dim=1)]
+    assert cache.length == tokens.shape[1] == sum(parts)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("keep_kv", [False, True])
+@pytest.mark.parametrize("z", [None, HARD, SOFT, "per sequence"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_the_full_forward(checkpoint, tokens, family, z, keep_kv):
+    """A prompt of 9 tokens, then a part of 5 and one of 2, then one by one; all in float32."""
+    model = llm.load(checkpoint(family)[0], "cpu", torch.float32)
+    if isinstance(z, str):
+        z = torch.rand(len(tokens), B, generator=torch.Generator().manual_seed(2))
+    cache = model.new_cache(len(tokens), 25, z, keep_kv)
+    got = stepwise(model, tokens, z, cache, [9, 5, 2, *[1] * 7])
+    torch.testing.assert_close(got, logits(model, tokens, z), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_keep_kv_z_may_change_as_in_transformers(checkpoint, tokens, family):
+    """Transformers always computes K and V: its cache under hooks that change after 9 tokens."""
+    folder, reference = checkpoint(family)
+    model, z = llm.load(folder, "cpu", torch.float32), HARD.float()
+    later = torch.tensor([False, True, True, True, True, False])
+    cache, gates = model.new_cache(len(tokens), 23, HARD, keep_kv=True), z.clone()
+    got = [logits(model, tokens[:, :9], HARD, cache=cache),
+           logits(model, tokens[:, 9:], later, cache=cache)]
+    hook_gates(reference, gates)
+    with torch.no_grad():
+        first = reference(tokens[:, :9], use_cache=True)
+        gates.copy_(later)
+        wanted = [first.logits, reference(tokens[:, 9:], past_key_values=first.past_key_values
+                                          ).logits]
+    torch.testing.assert_close(torch.cat(got, 1), torch.cat(wanted, 1), rtol=0, atol=1e-4)
+
+
+def test_without_keep_kv_an_attention_cannot_come_back(checkpoint, tokens):
+    model = llm.load(checkpoint()[0], "cpu", torch.float32)
+    cache = model.new_cache(len(tokens), 23, HARD)
+    logits(model, tokens[:, :9], HARD, cache=cache)
+    with pytest.raises(ValueError, match="keep_kv"):
+        logits(model, tokens[:, 9:], cache=cache)
+    assert cache.length == 9
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 4)])
+def test_the_cache_holds_what_its_kept_attentions_need(checkpoint, tokens, dtype, size):
+    """2 K and V, 2 heads of 10, float32 on a CPU in either dtype; HARD skips 1 attention of 3."""
+    model = llm.load(checkpoint()[0], "cpu", dtype)
+    each = 2 * 4 * 2 * 31 * 10 * size
+    for z, keep_kv, layers in ((None, False, 3), (HARD, False, 2), (HARD, True, 3),
+                               (SOFT, False, 3)):
+        cache = model.new_cache(4, 31, z, keep_kv)
+        assert cache.bytes == layers * each
+        assert [kv is None for kv in cache.kv] == [False, layers == 2, False]
+        before = cache.bytes, [kv is None for kv in cache.kv]
+        logits(model, tokens, z, cache=cache)
+        assert (cache.bytes, [kv is None for kv in cache.kv]) == before
+
+
+def test_a_full_cache_is_refused_and_stays_as_it_is(checkpoint, tokens):
+    model = llm.load(checkpoint()[0], "cpu", torch.float32)
+    cache = model.new_cache(len(tokens), 22)
+    with pytest.raises(ValueError, match=r"0 \+ 23 tokens do not fit a cache of 22"):
+        model(tokens, None, cache)
+    assert cache.length == 0
+    model(tokens[:, :22], None, cache)
+    with pytest.raises(ValueError, match=r"22 \+ 1 tokens"):
+        model(tokens[:, 22:], None, cache)
+
+
+class Launched(TorchDispatchMode):
+    """Counts operations, and the bytes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.n += 1
+        self.bytes += sum(x.nbytes for x in (out if isinstance(out, tuple | list) else [out])
+                          if isinstance(x, torch.Tensor))
+        return out
+
+
+def test_a_skipped_block_launches_and_allocates_nothing(checkpoint, tokens):
+    """As many operations and bytes as a model of fewer layers, with and without a cache."""
+    for cached in (False, True):
+        counts = []
+        for L, z in ((2, None), (3, torch.tensor([True, True, False, False, True, True]))):
+            model = llm.load(checkpoint(num_hidden_layers=L)[0], "cpu", torch.float32)
+            cache = model.new_cache(4, 23, z) if cached else None
+            with torch.no_grad(), Launched() as mode:
+                model(tokens[:, :9], z, cache)
+            counts.append((mode.n, mode.bytes))
+        assert counts[0] == counts[1] and counts[0][0] > 50
+
+
+def greedy(reference, ids, n):
+    """transformers' own greedy continuation."""
+    out = reference.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False,
+                             pad_token_id=0)
+    return out[0, len(ids):].tolist()
+
+
+@pytest.mark.parametrize("z", [None, HARD, SOFT])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_transformers(checkpoint, family, z):
+    folder, reference = checkpoint(family)
+    model = llm.load(folder, "cpu", torch.float32)
+    hook_gates(reference, torch.ones(B) if z is None else z.float())
+    for prompt in ([3], [5, 9, 11, 3, 40], list(range(30, 50))):
+        got = list(llm.generate(model, prompt, model.new_cache(1, len(prompt) + 30, z)))
+        assert got == greedy(reference, prompt, 30)
+
+
+def test_generation_ends_with_eos_or_a_full_cache(checkpoint):
+    folder, _ = checkpoint()
+    model = llm.load(folder, "cpu", torch.float32)
+    free = list(llm.generate(model, [3, 4], model.new_cache(1, 12)))
+    assert len(free) == 10 and model.config.eos_token_id == (2,)
+    end = next(i for i in range(2, 10) if free[i] not in free[:i])
+    edit_json(folder / "config.json", eos_token_id=[96, free[end]])
+    model = llm.load(folder, "cpu", torch.float32)
+    assert model.config.eos_token_id == (96, free[end])
+    assert list(llm.generate(model, [3, 4], model.new_cache(1, 12))) == free[:end + 1]
+    with pytest.raises(ValueError, match="do not fit"):
+        next(llm.generate(model, [3, 4], model.new_cache(1, 1)))
+
+
+def test_a_temperature_draws_from_the_softmax_and_repeats(checkpoint):
+    model = llm.load(checkpoint(vocab_size=11)[0], "cpu", torch.float32)
+    p = torch.softmax(logits(model, torch.tensor([[3, 4]]))[0, -1] / 3.0, -1)
+
+    def draw(seed):
+        return next(llm.generate(model, [3, 4], model.new_cache(1, 2), 3.0,
+                                 torch.Generator().manual_seed(seed)))
+
+    n = 4000
+    counts = torch.bincount(torch.tensor([draw(seed) for seed in range(n)]), minlength=11)
+    assert (counts / n - p).abs().max() < 4 * 0.5 / n**0.5
+    assert (counts / n)[p.argmax()] < 0.9 and draw(5) == draw(5)
+
+
+@pytest.mark.embedded
+def test_greedy_text_of_the_embedded_model_equals_transformers():
+    """64 tokens of 20 prompts dense, and of 5 with 16 blocks bypassed by hooks, in float32.
+
+    Every token must be the likeliest of transformers' full forward on all before it, which is what
+    its greedy search takes; two texts of either kind are compared with that search itself.
+    """
+    from transformers import LlamaForCausalLM
+    folder = hub.model_folder(hub.EMBEDDED)
+    model, tokenizer = llm.load(folder, "cpu", torch.float32), hub.load_tokenizer(folder)
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    leads = hub.calibration_texts("wikipedia", None)[:20]
+    prompts = [tokenizer.encode(x["text"]).ids[:6 + i] for i, x in enumerate(leads)]
+    z = torch.ones(60, dtype=torch.bool)
+    z[[8, 10, 12, 14, 18, 22, 25, 29, 32, 36, 37, 40, 44, 46, 47, 52]] = False
+    for gates, mine in ((None, prompts), (z, prompts[:5])):
+        hook_gates(reference, torch.ones(60) if gates is None else gates.float())
+        for i, prompt in enumerate(mine):
+            cache = model.new_cache(1, len(prompt) + 64, gates)
+            got = list(llm.generate(model, prompt, cache))
+            with torch.no_grad():
+                likeliest = reference(torch.tensor([prompt + got])).logits[0].argmax(-1)
+            assert got == likeliest[len(prompt) - 1:-1].tolist()
+            assert len(got) == 64 or got[-1] == 2
+            assert i > 1 or got == greedy(reference, prompt, 64)
+
+
 # ------------------------------------------------------------------ config.json
 
 
@@ -141,6 +320,8 @@ def test_head_dim_and_kv_heads_have_the_usual_defaults(checkpoint):
     ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
     ({"head_dim": 9}, "head_dim=9"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+    ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected ids"),
+    ({"eos_token_id": [2, None]}, "eos_token_id is"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
 ])
 def test_a_config_that_changes_the_forward_is_refused_by_name(checkpoint, change, named):
@@ -225,7 +406,8 @@ def test_weights_arrive_in_the_wanted_dtype_and_frozen(checkpoint):
 
 # ------------------------------------------------------------------ cost
 
-LLAMA3_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False)
+LLAMA3_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False,
+                       (128001,))
 TABLE_2 = [  # blocks skipped: attention + FFN, TFLOP printed in the paper
     (0, 0, 32.94), (2, 0, 32.66), (4, 0, 32.39), (6, 0, 32.11), (8, 0, 31.84), (10, 0, 31.56),
     (12, 0, 31.29), (14, 0, 31.01), (14, 2, 29.57), (15, 3, 28.71), (15, 5, 27.27), (16, 6, 26.41),
