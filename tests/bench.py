@@ -9,7 +9,7 @@ Sets: forward and training on a random model of SmolLM2-135M's shape against tra
       against transformers, and under masks against the same model built without those blocks;
       scoring, 200 rows of each of the six tasks on the embedded default, against
       lm-evaluation-harness at the best of four batch sizes.
-Ratio is the median of ours / peer over the interleaved pairs; spread is the range of the middle
+Ratio is the median of ours / peer over the interleaved turns; spread is the range of the middle
 half of those ratios. Run nothing beside it.
 """
 import argparse
@@ -52,20 +52,28 @@ b, w = 8, 96  # sequences and tokens of a forward and of a training step
 REPEATS = 15
 
 
-def paired(ours, peer, repeats: int = REPEATS) -> tuple[float, float, float, float]:
-    """Median seconds of ours and peer, median and spread of ours / peer; pairs, order swapped."""
-    seconds = []
-    for i in range(repeats + 2):
-        pair = {}
-        for name, run in (("ours", ours), ("peer", peer))[::1 if i % 2 else -1]:
+def interleaved(runs: list, repeats: int) -> np.ndarray:
+    """Seconds (repeats, n) of n callables in turn, every other time in reverse."""
+    seconds = np.zeros((repeats + 2, len(runs)))
+    for i in range(len(seconds)):
+        for j in list(range(len(runs)))[::1 if i % 2 else -1]:
             start = time.perf_counter()
-            run()
-            pair[name] = time.perf_counter() - start
-        seconds.append((pair["ours"], pair["peer"]))
-    seconds = np.array(seconds[2:])                               # the first two warm up
-    ratio = seconds[:, 0] / seconds[:, 1]
+            runs[j]()
+            seconds[i, j] = time.perf_counter() - start
+    return seconds[2:]                                            # the first two warm up
+
+
+def compared(ours: np.ndarray, peer: np.ndarray) -> tuple[float, float, float, float]:
+    """Median seconds of ours and peer, median and spread of ours / peer in the same turn."""
+    ratio = ours / peer
     low, high = np.quantile(ratio, (0.25, 0.75))
-    return *np.median(seconds, axis=0), float(np.median(ratio)), float(high - low)
+    return (float(np.median(ours)), float(np.median(peer)), float(np.median(ratio)),
+            float(high - low))
+
+
+def paired(ours, peer, repeats: int = REPEATS) -> tuple[float, float, float, float]:
+    """`compared` of two callables."""
+    return compared(*interleaved([ours, peer], repeats).T)
 
 
 def row(name: str, unit: str, goal: float | None, measured: tuple, better: str = "less") -> dict:
@@ -153,8 +161,8 @@ def cached_by_transformers(reference):
     def run(tokens: torch.Tensor, start: int) -> torch.Tensor:
         if start == 0:
             state["cache"] = DynamicCache()
-        elif state["cache"].get_seq_length() > start:
-            state["cache"].crop(start)
+        elif (n := state["cache"].get_seq_length()) > start:
+            state["cache"].crop(start - n)                        # minus the tokens to forget
         return reference(tokens, past_key_values=state["cache"], logits_to_keep=1).logits[0, -1]
 
     return run
@@ -163,33 +171,34 @@ def cached_by_transformers(reference):
 def skipping(kind: str, shape: str, dtype: torch.dtype):
     """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
 
-    Dense against transformers, each mask against `built_without`, then against dense.
+    Dense against transformers, each mask against `built_without` and against dense, all in turn.
     """
     large = shape == "llama-1b"
     model, reference = both_models(dtype, LLAMA_1B) if large else embedded_models(dtype)
     for n in PROMPTS:
         tokens, name = torch.randint(20, 40000, (1, n + STEPS)), f"{kind} {shape} {n}"
-        sides = {"dense": cached(model, None, n + STEPS), "peer": cached_by_transformers(reference)}
-        for skipped in SKIPPED:
-            z = z_of(model.config.num_hidden_layers, *skipped)
-            sides[skipped] = cached(model, z, n + STEPS), built_without(model, z, n + STEPS), z
+        zs = [z_of(model.config.num_hidden_layers, *skipped) for skipped in SKIPPED]
+        sides = [cached(model, None, n + STEPS), cached_by_transformers(reference)]
+        for z in zs:
+            sides += cached(model, z, n + STEPS), built_without(model, z, n + STEPS)
+        for run in sides:
+            run(tokens[:, :n], 0)                                 # what decode goes on from
 
         def timed(run, n=n, tokens=tokens):
-            """What is measured of a side, after its prompt if it decodes."""
+            """What is measured of a side."""
             if kind == "prefill":
                 return lambda: run(tokens[:, :n], 0)
-            run(tokens[:, :n], 0)
             return lambda: [run(tokens[:, i:i + 1], i) for i in range(n, n + STEPS)]
 
-        repeats = 5 if large else REPEATS
-        dense = timed(sides["dense"])
-        yield row(name, "s", 1.05, paired(dense, timed(sides["peer"]), repeats))
-        for ours, built, z in (sides[skipped] for skipped in SKIPPED):
-            ours, what = timed(ours), f"{name}, {int((~z).sum())} of {len(z)} skipped"
-            yield row(f"{what}, of built without", "s", 1.03, paired(ours, timed(built), repeats))
+        seconds = interleaved([timed(run) for run in sides], 3 if large else 7)
+        yield row(name, "s", 1.05, compared(*seconds[:, :2].T))
+        for i, z in enumerate(zs, 1):
+            what = f"{name}, {int((~z).sum())} of {len(z)} skipped"
+            yield row(f"{what}, of built without", "s", 1.03,
+                      compared(*seconds[:, 2 * i:2 * i + 2].T))
             share = llm.flops(model.config, n, z) / llm.flops(model.config, n)
             yield row(f"{what}, of dense (FLOPs {share:.3f})", "s", None,
-                      paired(ours, dense, repeats))
+                      compared(seconds[:, 2 * i], seconds[:, 0]))
 
 
 def router_share(dtype: torch.dtype):

@@ -28,7 +28,7 @@ import model as llm
 import router as routing
 from hardconcrete import prob_zero
 
-CHOSEN, TOKENS = 60, 128  # texts that choose a recipe, and how much of each is read
+CHOSEN, TOKENS = 60, 128  # texts that choose a recipe or a mask, and how much of each is read
 # Each is a change of the default, igp.PRESETS["demo"] on one mask.
 RECIPES = {
     "default": {},
@@ -49,7 +49,6 @@ RECIPES = {
     "paper's gate; then louizos": {"then": "louizos"},
     "2 rounds of swaps": {"swaps": 2},
 }
-WIDTH = 6  # kept blocks that a round of swaps tries to drop, and skipped ones it tries to restore
 
 
 def opened(args: argparse.Namespace):
@@ -105,32 +104,6 @@ def taylor_start(model: llm.Transformer, mask: dict, texts: list[list[int]]) -> 
         mask["log_alpha"].copy_(4 * rank - 1)
 
 
-def swap(model: llm.Transformer, log_alpha: torch.Tensor, texts: list, hard) -> torch.Tensor:
-    """A round of swaps: the best of WIDTH blocks is dropped too, then the best restored.
-
-    Both are taken from those nearest to the threshold. log_alpha with the two exchanged, or as it
-    was if that does not lower the loss on texts.
-    """
-    z = hard(log_alpha)
-    order = log_alpha.argsort().tolist()
-    kept, skipped = [i for i in order if z[i]][:WIDTH], [i for i in order if not z[i]][-WIDTH:]
-
-    def after(drop: int, restore: int | None) -> float:
-        """The loss with one more block gone and another one back."""
-        changed = z.clone()
-        changed[drop] = False
-        if restore is not None:
-            changed[restore] = True
-        return losses(model, changed, texts).sum()
-
-    drop = min(kept, key=lambda i: after(i, None))
-    restore = min(skipped, key=lambda j: after(drop, j))
-    if after(drop, restore) < losses(model, z, texts).sum():
-        log_alpha = log_alpha.clone()
-        log_alpha[[drop, restore]] = log_alpha[[restore, drop]]
-    return log_alpha
-
-
 def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe: dict,
           seed: int) -> torch.Tensor:
     """The z of one mask under a recipe; the tokens of its swaps are taken from its training."""
@@ -141,7 +114,7 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
         mask["log_alpha"].fill_(recipe.get("start", igp.LOG_ALPHA))
     default = igp.PRESETS[args.preset]
     tokens = default["samples"] * default["clusters"] * default["length"] - recipe.get(
-        "swaps", 0) * (2 * WIDTH + 2) * igp.CHOOSING * args.length // 2
+        "swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
     batches = igp.draw(texts, tokens // args.length, args, generator)
     if recipe.get("taylor"):
         taylor_start(model, mask, sum(batches[-8:], []))
@@ -164,7 +137,7 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
     if recipe.get("choose", True):
         last, _ = igp.choose(model, [kept[5], kept[7], last], chosen, hard)
     for _ in range(recipe.get("swaps", 0)):
-        last = swap(model, last, chosen, hard)
+        last, _ = igp.swap(model, last, weight, chosen, hard)
     return hard(last)
 
 
@@ -220,7 +193,8 @@ def controls(argv: argparse.Namespace) -> None:
     N = len(router.z)
     encoder = routing.open_encoder(hub.encoder_folder(), args.device, getattr(torch, args.dtype))
 
-    first = [losses(model, z, [x["tokens"][:TOKENS] for x in chosen]).sum() for z in router.z]
+    first = [losses(model, z, [x["tokens"][:TOKENS] for x in chosen[:CHOSEN]]).sum()
+             for z in router.z]
     best, cut = int(np.argmin(first)), [x["tokens"][:TOKENS] for x in judging]
     loss, n = np.array([losses(model, z, cut) for z in zs]), np.array([len(x) - 1 for x in cut])
     k = routing.route(router, routing.encode(encoder, [x["text"] for x in judging])).numpy()

@@ -179,15 +179,54 @@ def test_choose_takes_the_candidate_of_the_lowest_hard_loss(model):
     assert tokens == 15 * sum(map(len, TEXTS))                    # equal masks are tried once
 
     def loss(log_alpha):
-        reference, total = make_reference("llama"), 0.0
-        hook_gates(reference, (log_alpha > 0).float())
-        with torch.no_grad():
-            for x in TEXTS:
-                logits = reference(torch.tensor([x])).logits[0, :-1]
-                total += F.cross_entropy(logits, torch.tensor(x[1:]), reduction="sum").item()
-        return total
+        return loss_by_transformers(log_alpha > 0)
 
     assert loss(chosen) == pytest.approx(min(map(loss, candidates)), abs=1e-3)
+
+
+def loss_by_transformers(z):
+    """The summed cross-entropy of TEXTS with hooks that multiply by z (B,)."""
+    reference, total = make_reference("llama"), 0.0
+    hook_gates(reference, z.float())
+    with torch.no_grad():
+        for x in TEXTS:
+            logits = reference(torch.tensor([x])).logits[0, :-1]
+            total += F.cross_entropy(logits, torch.tensor(x[1:]), reduction="sum").item()
+    return total
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("budget", ["blocks", "flops"])
+def test_swap_against_its_rule_on_transformers(model, monkeypatch, width, budget):
+    """Of each weight: skip one more, restore one, both by the loss; kept if that is lower."""
+    monkeypatch.setattr(igp, "WIDTH", width)
+    args, moved = arguments(budget=budget, sparsity=0.5), 0
+    weight = igp.gate_weights(model.config, args)
+    for seed in range(4):
+        log_alpha = torch.randn(B, generator=torch.Generator().manual_seed(seed))
+        got, tokens = igp.swap(model, log_alpha, weight, TEXTS,
+                               lambda x: igp.hard_z(x, weight, args))
+        z, tried = igp.hard_z(log_alpha, weight, args), 0
+        start = z.clone()
+        for kind in ([range(B)] if budget == "blocks" else [range(0, B, 2), range(1, B, 2)]):
+            near = sorted(kind, key=lambda i: log_alpha[i])
+            kept = [i for i in near if z[i]][:width]
+            skipped = [i for i in near if not z[i]][-width:]
+            if kept and skipped:
+                changes = {(i, j): z.clone() for i in kept for j in [None, *skipped]}
+                for (i, j), changed in changes.items():
+                    changed[i] = False
+                    if j is not None:
+                        changed[j] = True
+                off = min(kept, key=lambda i: loss_by_transformers(changes[i, None]))
+                on = min(skipped, key=lambda j: loss_by_transformers(changes[off, j]))
+                if loss_by_transformers(changes[off, on]) < loss_by_transformers(z):
+                    z, moved = changes[off, on], moved + 1
+                tried += len(kept) + len(skipped) + 1
+        assert torch.equal(igp.hard_z(got, weight, args), z)
+        assert (start[0::2].sum() == z[0::2].sum()) or budget == "blocks"
+        assert tokens == tried * sum(map(len, TEXTS))
+    assert moved > 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_mask_and_step(model):

@@ -37,27 +37,6 @@ def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
     assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
 
 
-def test_a_swap_takes_the_best_exchange_it_tries(model, monkeypatch):
-    """Against every exchange, where dropping first and restoring then finds the best one."""
-    monkeypatch.setattr(study, "WIDTH", B)
-
-    def hard(x):
-        return igp.harden(x, 2)
-
-    for seed in range(5):
-        log_alpha = torch.randn(B, generator=torch.Generator().manual_seed(seed))
-        loss = study.losses(model, hard(log_alpha), TEXTS).sum()
-        after = study.losses(model, hard(study.swap(model, log_alpha, TEXTS, hard)), TEXTS).sum()
-        assert after <= loss
-    z = torch.ones(B, dtype=torch.bool)
-    z[[0, 1]] = False                                             # surely not the best two
-    swapped = log_alpha = z.float()
-    for _ in range(4):
-        swapped = study.swap(model, swapped, TEXTS, hard)
-    assert study.losses(model, hard(swapped), TEXTS).sum() < study.losses(
-        model, hard(log_alpha), TEXTS).sum()
-
-
 def test_controls_are_recomputed_by_hand(checkpoint, encoder, tmp_path, monkeypatch, capsys):
     folder, _ = checkpoint("llama")
     make_tokenizer().save(str(folder / "tokenizer.json"))
