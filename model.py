@@ -317,7 +317,7 @@ class Transformer(nn.Module):
         """An empty Cache for b sequences of `longest` tokens under z, as `forward` takes it.
 
         keep_kv: the paper's rule (Sec. 3.1), K and V of every attention. Only with it may z change
-        from one call to the next; for a fixed z it costs time and memory, and changes nothing.
+        between two calls; for a fixed z it costs time and memory, and changes nothing.
         """
         config, weight, (keep, _) = self.config, self.head_weight, self._gates(z, b)
         shape = (2, b, config.num_key_value_heads, longest, config.head_dim)
