@@ -23,7 +23,7 @@ def model(checkpoint):
 
 
 def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
-    monkeypatch.setattr(study, "WIDTH", 2)
+    monkeypatch.setattr(igp, "WIDTH", 2)
     monkeypatch.setattr(igp, "CHOOSING", 3)
     monkeypatch.setitem(igp.PRESETS, "demo", igp.PRESETS["demo"] | {
         "samples": 40, "clusters": 1, "length": 12})
