@@ -61,13 +61,6 @@ def windows(search: Search, n: int, length: int) -> list[list[int]]:
     return [joined[i * length:(i + 1) * length] for i in range(n)]
 
 
-def loss(model: Transformer, z: Tensor, texts: list[list[int]]) -> float:
-    """Mean cross-entropy of each text's tokens after its first, under a boolean z (B,)."""
-    requests = [(x[:1], [x[1:]]) for x in texts]
-    sums = evaluate.loglikelihoods(model, requests, z.expand(len(texts), -1))
-    return -sum(x[0] for x in sums) / sum(len(x) - 1 for x in texts)
-
-
 def without(z: Tensor, layers: list[int]) -> Tensor:
     """z (B,) with both blocks of these layers skipped."""
     z = z.clone()
@@ -90,7 +83,7 @@ def sleb(search: Search) -> tuple[Tensor, int]:
     texts = windows(search, n, length)
     for _ in tqdm(range(search.k), "sleb", disable=None):
         alive = z[0::2].nonzero().flatten().tolist()[1:-1]
-        z = without(z, [min(alive, key=lambda j: loss(model, without(z, [j]), texts))])
+        z = without(z, [min(alive, key=lambda j: evaluate.loss(model, without(z, [j]), texts))])
     return z, evaluations * sum(map(len, texts))
 
 
@@ -112,8 +105,8 @@ def ppl_scores(model: Transformer, texts: list[list[int]]) -> tuple[list[float],
     """Perplexity with the single layer j gone, for every j; and forward tokens."""
     z, L = torch.ones(model.B, dtype=torch.bool), model.config.num_hidden_layers
     bar = tqdm(range(L), "shortened-ppl", disable=None)
-    return [float(np.exp(loss(model, without(z, [j]), texts))) for j in bar], L * sum(
-        map(len, texts))
+    scores = [float(np.exp(evaluate.loss(model, without(z, [j]), texts))) for j in bar]
+    return scores, L * sum(map(len, texts))
 
 
 def taylor_scores(model: Transformer, texts: list[list[int]]) -> tuple[list[float], int]:

@@ -121,6 +121,13 @@ def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
     return float(np.exp(-loglik.sum() / n_tokens.sum()))
 
 
+def loss(model: Transformer, z: Tensor, texts: list[list[int]]) -> float:
+    """Mean cross-entropy of each text's tokens after its first, under a boolean z (B,)."""
+    requests = [(x[:1], [x[1:]]) for x in texts]
+    sums = loglikelihoods(model, requests, z.expand(len(texts), -1))
+    return -sum(x[0] for x in sums) / sum(len(x) - 1 for x in texts)
+
+
 # ---------------------------------------------------------------------------- multiple choice
 
 

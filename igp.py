@@ -178,7 +178,7 @@ def choose(model: llm.Transformer, candidates: list[Tensor], texts: list,
     for log_alpha in candidates:
         z = hard(log_alpha)
         if (key := tuple(z.tolist())) not in losses:
-            losses[key] = (baselines.loss(model, z, texts), log_alpha)
+            losses[key] = (evaluate.loss(model, z, texts), log_alpha)
     best = min(losses.values(), key=lambda pair: pair[0])[1]
     return best, len(losses) * sum(map(len, texts))
 
@@ -189,7 +189,8 @@ def swap(model: llm.Transformer, log_alpha: Tensor, weight: Tensor, texts: list,
 
     Of the WIDTH kept gates nearest to the threshold, the one is skipped whose loss is then lowest;
     of as many skipped ones, likewise, one is restored. What is skipped costs the same as before.
-    weight of `gate_weights`; hard(log_alpha) is z. Returns also the forward tokens that this took.
+    log_alpha and weight, of `gate_weights`, are float32 (B,), or (L,) if layers; hard(log_alpha) is
+    the boolean z (B,). Returns also the forward tokens that this took.
 
     Deviates: the paper has no such search. It mends what `choose` cannot, see `shared_start`.
     """
@@ -206,7 +207,7 @@ def swap(model: llm.Transformer, log_alpha: Tensor, weight: Tensor, texts: list,
             """The loss with some gates set otherwise."""
             gates = gates.clone()
             gates[list(changes)] = torch.tensor(list(changes.values()), dtype=torch.bool)
-            return baselines.loss(model, gates.repeat_interleave(model.B // n), texts)
+            return evaluate.loss(model, gates.repeat_interleave(model.B // n), texts)
 
         off = min(kept, key=lambda i: after({i: False}))
         losses = {i: after({off: False, i: True}) for i in skipped}
@@ -268,7 +269,8 @@ def open_run(args: argparse.Namespace) -> Run:
     name, out, texts = hub.resolve(args.model), Path(args.out), []
     results = {} if bare(args) else open_results(args, out)
     from_hub = [] if args.tasks_dir else [task for task in args.tasks if task in hub.HUB_TASKS]
-    hub.check_access(name, "wikipedia" if bare(args) else args.calibration, from_hub)
+    texts_of = "wikipedia" if bare(args) else args.calibration  # nothing of the hub if none is read
+    hub.check_access(name, texts_of, from_hub)
     if not bare(args) and args.calibration not in hub.HUB_TEXTS:
         texts = hub.calibration_texts(args.calibration, None)
         hub.split(texts)                                         # enough of them?
@@ -317,10 +319,11 @@ def open_texts(texts: list[dict], tokenizer, config: llm.Config,
 
 def check_prompt(text: str, tokenizer, bos: int | str, config: llm.Config) -> None:
     """ValueError for a prompt without a token, or with no room for another one."""
-    n, longest = len(evaluate.encode(tokenizer, text, bos)), config.max_position_embeddings
-    if not text.strip() or not 0 < n < longest:
-        raise ValueError(f"--prompt has {n if text.strip() else 0} tokens; give it a text of 1 to "
-                         f"{longest - 1} (max_position_embeddings is {longest})")
+    longest = config.max_position_embeddings
+    n = len(evaluate.encode(tokenizer, text, bos)) if text.strip() else 0
+    if not 0 < n < longest:
+        raise ValueError(f"--prompt has {n} tokens; give it a text of 1 to {longest - 1} "
+                         f"(max_position_embeddings is {longest})")
 
 
 def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
@@ -444,7 +447,7 @@ def shared_start(run: Run) -> dict:
     """The mask from which all others go on: trained once, on texts of every cluster.
 
     Under --budget flops a round of `swap` ends it: its hardened mask is worse then, and one FFN
-    block in the wrong place costs much. Under blocks the same search found nothing.
+    block in the wrong place costs much. Under blocks the same search found as good as nothing.
     It is not saved: a run that was stopped trains it again, to the same bits.
     """
     if run.shared is None:
@@ -710,8 +713,7 @@ def parser(defaults: dict) -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, under the preset they ask for, checked as far as no file is needed."""
-    bare = [x for x in argv if x not in ("-h", "--help")]
-    first, _ = parser({}).parse_known_args(bare)
+    first, _ = parser({}).parse_known_args([x for x in argv if x not in ("-h", "--help")])
     preset = first.preset or ("demo" if first.model == hub.EMBEDDED else "paper")
     p = parser({"preset": preset, **PRESETS[preset]})             # so that --help shows its values
 
@@ -775,7 +777,8 @@ def estimate(run: Run) -> float:
     texts = args.samples * args.epochs * args.clusters * (
         masks * (1 - share) + bool(masks) * share + rivals)
     passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
-    passes *= args.prompt is None
+    if args.prompt is not None:
+        passes = 0                                               # nothing is judged
     judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
     asked = [q for questions in run.questions.values() for q in questions]
     judging += len(args.method) * llm.flops(config, 1) * sum(    # about 4 characters a token
@@ -848,14 +851,15 @@ def answer(run: Run, router: routing.Router) -> str:
             if name == "igp" and text:
                 print(text, end="", flush=True)
             start = time.perf_counter()
-        t, decode = cache.length, sum(seconds[1:])
+        t, decode, routed = cache.length, sum(seconds[1:]), 0.0
         dense = llm.flops(model.config, t)
         ratio = llm.flops(model.config, t, mask) / dense
-        routed = routing.encoder_flops(run.encoder_folder, len(ids)) / dense * (len(router.mu) > 1)
+        if mask is not None and len(router.mu) > 1:              # one mask needs no router
+            routed = routing.encoder_flops(run.encoder_folder, len(ids)) / dense
         rows.append([name, f"{len(ids) / seconds[0]:.0f}",
                      f"{(len(seconds) - 1) / decode:.1f}" if decode else "-",
                      f"{cache.bytes / 2**20:.3f}", f"{ratio:.1%}",
-                     f"{ratio + routed * (mask is not None):.1%}"])
+                     f"{ratio + routed:.1%}"])
     return "\n\n" + evaluate.markdown(
         [f"{len(ids)} tokens of prompt", "prefill tokens/s", "decode tokens/s",
          f"K and V of {longest} tokens, MiB", "FLOPs", "FLOPs + router"], rows)

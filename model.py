@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """What the forward needs from config.json, under the checkpoint's own names."""
+    """What forward and `generate` need from config.json, under the checkpoint's own names."""
 
     model_type: str               # "llama", or "qwen3" for RMSNorm on the heads of q and k
     vocab_size: int               # v
@@ -132,6 +132,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> (..., width), in x's dtype."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -188,6 +189,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple, attend: Tensor | None, kv: Tensor | None = None,
                 start: int = 0) -> Tensor:
+        """x (b, t, d) -> (b, t, d). rope: cos and sin of `rope_angles`; attend: see `Transformer`.
+
+        kv and start: see `keys_values`.
+        """
         b, t, _ = x.shape
         k, v = self.keys_values(x, rope, kv, start)               # (b, h_kv, start + t, d_h)
         q = self.q_proj(x).view(b, t, -1, self.d_h)               # (b, t, h, d_h)
@@ -200,7 +205,8 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, rope: tuple, kv: Tensor | None, start: int) -> tuple:
         """K and V of x (b, t, d), both (b, h_kv, t, d_h); with kv, of `Cache`, after those before.
 
-        In `score_dtype`. kv: where K and V of `start` earlier tokens are, and the new ones go.
+        In `score_dtype`. rope: cos and sin of `rope_angles`. kv: where K and V of `start` earlier
+        tokens are, and the new ones go.
         """
         b, t, _ = x.shape
         k = self.k_proj(x).view(b, t, -1, self.d_h)               # (b, t, h_kv, d_h)
@@ -224,6 +230,7 @@ class FFN(nn.Module):
         self.down_proj = nn.Linear(f, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (b, t, d) -> (b, t, d)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -1,12 +1,13 @@
 """Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
 
 Run:  python tests/bench.py [forward training kmeans encoding prefill decode router] [--json FILE]
-      python tests/bench.py prefill-1b decode-1b          (minutes; 6 GB)
+      python tests/bench.py prefill-1b decode-1b          (minutes; 5 GB of weights alone)
       python tests/bench.py scoring --tasks-dir FOLDER    (needs lm-eval==0.4.13 and accelerate)
 Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
       kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default;
       prefill and decode: the embedded default, or a random model of Llama-3.2-1B's shape, dense
       against transformers, and under masks against the same model built without those blocks;
+      router: encoding a prompt, as a share of the embedded default's dense prefill of it;
       scoring, 200 rows of each of the six tasks on the embedded default, against
       lm-evaluation-harness at the best of four batch sizes.
 Ratio is the median of ours / peer over the interleaved turns; spread is the range of the middle

@@ -79,7 +79,7 @@ def test_sleb_is_brute_force_greedy_that_spares_both_ends(model, monkeypatch, k)
 def test_sleb_never_drops_the_first_or_the_last_layer(model, monkeypatch):
     """Both ends cost nothing here, and of the equal layers 1 and 2 the first goes."""
     cost = torch.tensor([0.0, 2, 2, 0])
-    monkeypatch.setattr(baselines, "loss", lambda _m, z, _t: (~z[0::2]).float() @ cost)
+    monkeypatch.setattr(baselines.evaluate, "loss", lambda _m, z, _t: (~z[0::2]).float() @ cost)
     z, _ = baselines.sleb(search(model, k=1))
     assert z.tolist() == mask(1).bool().tolist()
     assert torch.equal(baselines.sleb(search(model, k=2))[0], mask(1, 2).bool())
@@ -107,7 +107,7 @@ def test_sleb_and_evopress_keep_within_the_cap(model, monkeypatch):
 def test_the_published_costs(monkeypatch):
     """spec: SLEB on Llama-3-8B, k = 4, 8, 12: 114, 212, 294 evaluations; EvoPress, k = 8: 21 M."""
     calls = []
-    monkeypatch.setattr(baselines, "loss", lambda *_: calls.append(1) or len(calls))
+    monkeypatch.setattr(baselines.evaluate, "loss", lambda *_: calls.append(1) or len(calls))
     config = SimpleNamespace(num_hidden_layers=32, max_position_embeddings=8192)
     for k, evaluations in ((4, 114), (8, 212), (12, 294)):
         given = search(SimpleNamespace(config=config, B=64), texts=[[0] * 8192], k=k)
