@@ -652,6 +652,11 @@ def fingerprint(run: Run, task: str) -> str:
     return hashlib.sha256(repr((run.bos, run.questions[task])).encode()).hexdigest()[:16]
 
 
+def is_asked(run: Run, row: dict, task: str) -> bool:
+    """Whether a method's row holds the scores of these very questions."""
+    return row["tasks"].get(task, {}).get("questions") == fingerprint(run, task)
+
+
 # ------------------------------------------------------------------ the command line
 
 
@@ -765,25 +770,33 @@ def check(args: argparse.Namespace, error) -> None:
 
 
 def estimate(run: Run) -> float:
-    """Minutes of training and evaluation, from their FLOPs and the speed of one matmul."""
-    args, config, w = run.args, run.model.config, run.model.model.layers[0].mlp.up_proj.weight
+    """Minutes that are left to train and evaluate, from their FLOPs and the speed of one matmul."""
+    args, config, done = run.args, run.model.config, run.results["training"]
+    w, seconds = run.model.model.layers[0].mlp.up_proj.weight, []
     x = torch.ones(1024, w.shape[1]).to(w)
-    for _ in range(3):                                           # the last one counts
-        start = time.perf_counter()
+    for _ in range(10):                                          # the first ones are slow
+        begin = time.perf_counter()
         float((x @ w.T)[0, 0])
-        rate = 2 * len(x) * w.numel() / (time.perf_counter() - start)
-    masks, share = len(set(args.method) & set(TRAINED)), SHARED[args.preset]
-    rivals = len(set(args.method) & set(baselines.RIVALS))       # with CAP at most as much as igp
-    texts = args.samples * args.epochs * args.clusters * (
-        masks * (1 - share) + bool(masks) * share + rivals)
-    passes = sum({"igp": args.clusters}.get(name, 1) for name in args.method)
-    if args.prompt is not None:
-        passes = 0                                               # nothing is judged
-    judging = passes * sum(llm.flops(config, len(x["tokens"])) for x in run.judge)
-    asked = [q for questions in run.questions.values() for q in questions]
-    judging += len(args.method) * llm.flops(config, 1) * sum(    # about 4 characters a token
-        len(q.routed) + sum(map(len, q.choices)) for q in asked) // 4
-    return (2 * texts * llm.flops(config, args.length) + judging) / (0.6 * rate) / 60
+        seconds.append(time.perf_counter() - begin)
+    rate = 0.6 * 2 * len(x) * w.numel() / min(seconds)           # 0.6: tests/bench.py training
+    start = trained = judged = asked = 0    # methods (twice), passes over run.judge, characters
+    for name in args.method:
+        row = next((row for row in run.results["rows"] if row["name"] == name), {"tasks": {}})
+        N = args.clusters if name == "igp" else 1
+        masks = [f"{name}, mask {k}" for k in range(N)] if name in TRAINED else [name]
+        left = sum(mask not in done for mask in masks) / len(masks)
+        if name in TRAINED and left and not args.router:
+            start = SHARED[args.preset]
+            trained += left * (1 - start)
+        elif name in baselines.RIVALS:                           # with CAP at most as much as igp
+            trained += left
+        if "name" not in row and args.prompt is None:
+            judged += N
+        asked += sum(len(q.routed) + sum(map(len, q.choices)) for task in run.questions
+                     if not is_asked(run, row, task) for q in run.questions[task])
+    tokens = 2 * (start + trained) * training_tokens(args) + judged * sum(
+        len(x["tokens"]) for x in run.judge) + asked / 4         # about 4 characters a token
+    return tokens * llm.flops(config, args.length) / args.length / rate / 60
 
 
 def stage_1(run: Run) -> dict:
@@ -818,8 +831,8 @@ def stage_2(run: Run, routers: dict) -> str:
                 row = judge(run, name, routers[name])
                 results["rows"].append(row)
         for task in run.questions:
-            done = row["tasks"].get(task, {}).get("questions") == fingerprint(run, task)
-            if not done or args.log_samples and not samples_file(run, name, task).exists():
+            lines = samples_file(run, name, task)
+            if not is_asked(run, row, task) or args.log_samples and not lines.exists():
                 with stage(run, f"{task} of {name}"):
                     row["tasks"][task] = ask(run, name, task, routers[name])
     return evaluate.report(results)

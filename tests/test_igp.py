@@ -309,6 +309,36 @@ def test_pipeline_end_to_end(command, tmp_path, capsys, monkeypatch):
     assert all(stage in err for stage in ("encoding:", "masks of static:", "texts of igp:"))
 
 
+def test_the_estimate_counts_what_is_left(command, tmp_path, monkeypatch):
+    """In forward tokens; a clock of ours lets the matmul that it times take a second."""
+    command = [*command, "--tasks", "wiki_what", "--limit", "9"]
+
+    def tokens(*more) -> float:
+        """The estimate, divided by the time of a token."""
+        run = igp.open_run(igp.parse([*command, *more]))
+        with monkeypatch.context() as patch:
+            clock = iter(range(100))
+            patch.setattr(igp.time, "perf_counter", lambda: next(clock))
+            minutes = igp.estimate(run)
+        config, w = run.model.config, run.model.model.layers[0].mlp.up_proj.weight
+        return minutes * 60 * 0.6 * 2 * 1024 * w.numel() / (llm.flops(config, 12) / 12)
+
+    run = igp.open_run(igp.parse(command))
+    judged = sum(len(x["tokens"]) for x in run.judge)
+    asked = sum(len(q.routed + "".join(q.choices)) for q in run.questions["wiki_what"]) / 4
+    once = 2 * 2 * 8 * 12  # two forwards of 8 texts of 12 tokens for 2 clusters
+    assert tokens() == pytest.approx((0.6 + 0.4 + 0.4) * once + 4 * judged + 3 * asked)
+    assert tokens("--prompt", "a", "--tasks", "") == pytest.approx(once)
+    assert igp.main(command) == 0
+    assert tokens() == 0 == tokens("--prompt", "a", "--tasks", "")
+    assert tokens("--method", "igp,sleb") == pytest.approx(once + judged + asked)
+    assert tokens("--limit", "5") == pytest.approx(3 * sum(len(q.routed + "".join(
+        q.choices)) for q in run.questions["wiki_what"][:5]) / 4)
+    router = str(tmp_path / "run/router.safetensors")
+    assert tokens("--router", router, "--out", str(tmp_path / "new")) == pytest.approx(
+        3 * judged + 2 * asked)
+
+
 def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys,
                                                              monkeypatch):
     """IG-Pruning's perplexity, recomputed a text at a time with transformers and hooks."""
