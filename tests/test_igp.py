@@ -229,6 +229,22 @@ def test_swap_against_its_rule_on_transformers(model, monkeypatch, width, budget
     assert moved > 1
 
 
+@pytest.mark.parametrize("budget", ["blocks", "flops"])
+def test_the_shared_start_ends_with_a_swap_that_is_counted_under_flops(command, monkeypatch,
+                                                                       budget):
+    given = []
+    monkeypatch.setattr(igp, "swap", lambda _model, log_alpha, _weight, texts, _hard: (
+        given.append((log_alpha.clone(), texts)), (log_alpha + 5, 1000))[1])
+    run = igp.open_run(igp.parse([*command, "--budget", budget]))
+    mask = igp.shared_start(run)
+    cost, swaps = run.results["training"]["shared start"], int(budget == "flops")
+    assert len(given) == swaps and igp.shared_start(run) is mask
+    assert cost["forward_tokens"] == 2 * cost["tokens"] + 1000 * swaps
+    for log_alpha, texts in given:
+        assert torch.equal(mask["log_alpha"].detach(), log_alpha + 5)
+        assert len(texts) == 10 and max(map(len, texts)) <= 12   # 60 % of 2 x 8, of 12 tokens
+
+
 def test_a_loss_that_is_not_finite_stops_with_mask_and_step(model):
     model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="mask 3: loss nan .* at step 0"):
