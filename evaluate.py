@@ -122,7 +122,7 @@ def perplexity(loglik: np.ndarray, n_tokens: np.ndarray) -> float:
 
 
 def loss(model: Transformer, z: Tensor, texts: list[list[int]]) -> float:
-    """Mean cross-entropy of each text's tokens after its first, under a boolean z (B,)."""
+    """Mean -log P, in nats, of all texts' tokens after their first, under a boolean z (B,)."""
     requests = [(x[:1], [x[1:]]) for x in texts]
     sums = loglikelihoods(model, requests, z.expand(len(texts), -1))
     return -sum(x[0] for x in sums) / sum(len(x) - 1 for x in texts)

@@ -772,6 +772,7 @@ def check(args: argparse.Namespace, error) -> None:
 def estimate(run: Run) -> float:
     """Minutes that are left to train and evaluate, from their FLOPs and the speed of one matmul."""
     args, config, done = run.args, run.model.config, run.results["training"]
+    rows = {row["name"]: row for row in run.results["rows"]}
     w, seconds = run.model.model.layers[0].mlp.up_proj.weight, []
     x = torch.ones(1024, w.shape[1]).to(w)
     for _ in range(10):                                          # the first ones are slow
@@ -779,9 +780,10 @@ def estimate(run: Run) -> float:
         float((x @ w.T)[0, 0])
         seconds.append(time.perf_counter() - begin)
     rate = 0.6 * 2 * len(x) * w.numel() / min(seconds)           # 0.6: tests/bench.py training
-    start = trained = judged = asked = 0    # methods (twice), passes over run.judge, characters
+    # start, trained: in units of a method's training; judged: in passes over run.judge; asked: in
+    # characters.
+    start = trained = judged = asked = 0
     for name in args.method:
-        row = next((row for row in run.results["rows"] if row["name"] == name), {"tasks": {}})
         N = args.clusters if name == "igp" else 1
         masks = [f"{name}, mask {k}" for k in range(N)] if name in TRAINED else [name]
         left = sum(mask not in done for mask in masks) / len(masks)
@@ -790,10 +792,11 @@ def estimate(run: Run) -> float:
             trained += left * (1 - start)
         elif name in baselines.RIVALS:                           # with CAP at most as much as igp
             trained += left
-        if "name" not in row and args.prompt is None:
+        if name not in rows and args.prompt is None:             # at most; equal masks once
             judged += N
         asked += sum(len(q.routed) + sum(map(len, q.choices)) for task in run.questions
-                     if not is_asked(run, row, task) for q in run.questions[task])
+                     if not is_asked(run, rows.get(name, {"tasks": {}}), task)
+                     for q in run.questions[task])
     tokens = 2 * (start + trained) * training_tokens(args) + judged * sum(
         len(x["tokens"]) for x in run.judge) + asked / 4         # about 4 characters a token
     return tokens * llm.flops(config, args.length) / args.length / rate / 60
