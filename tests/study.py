@@ -48,6 +48,7 @@ RECIPES = {
     "louizos; t in closed form; from 2.5": {"gate": "louizos", "closed": True, "start": 2.5},
     "paper's gate; then louizos": {"then": "louizos"},
     "2 rounds of swaps": {"swaps": 2},
+    "a quarter of the tokens": {"share": 0.25},  # what each of four masks gets without igp.SHARED
 }
 
 
@@ -113,8 +114,9 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
     with torch.no_grad():
         mask["log_alpha"].fill_(recipe.get("start", igp.LOG_ALPHA))
     default = igp.PRESETS[args.preset]
-    tokens = default["samples"] * default["clusters"] * default["length"] - recipe.get(
-        "swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
+    tokens = int(recipe.get("share", 1) * default["samples"] * default["clusters"]
+                 * default["length"])
+    tokens -= recipe.get("swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
     batches = igp.draw(texts, tokens // args.length, args, generator)
     if recipe.get("taylor"):
         taylor_start(model, mask, sum(batches[-8:], []))

@@ -28,11 +28,16 @@ def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
     monkeypatch.setitem(igp.PRESETS, "demo", igp.PRESETS["demo"] | {
         "samples": 40, "clusters": 1, "length": 12})
     args = igp.parse(["--sparsity", "0.34"])
+    draw, drawn = igp.draw, []
+    monkeypatch.setattr(igp, "draw", lambda texts, n, *rest: drawn.append(n) or draw(
+        texts, n, *rest))
     default = study.train(model, TEXTS, args, study.RECIPES["default"], 0)
     before = igp.sample_u, igp.lagrangian
     for name, recipe in study.RECIPES.items():
         z = study.train(model, TEXTS, args, recipe, 0)
         assert (~z).sum() == 2, name
+        if "share" in recipe:
+            assert drawn[-1] == recipe["share"] * drawn[0]
     assert before == (igp.sample_u, igp.lagrangian)
     assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
 
