@@ -186,7 +186,7 @@ def test_mutation_keeps_counts_and_switches_at_most_three(tied):
     rng, z = np.random.default_rng(0), torch.ones(7, 2, dtype=torch.bool)
     z[[1, 3], 0] = z[[1, 3] if tied else [0, 5], 1] = False
     z, switches = z.flatten(), []
-    for _ in range(3000):
+    for _ in range(1000):
         kid = baselines.mutate(z, tied, rng)
         assert (~kid[0::2]).sum() == (~kid[1::2]).sum() == 2
         assert not tied or torch.equal(kid[0::2], kid[1::2])
@@ -195,14 +195,16 @@ def test_mutation_keeps_counts_and_switches_at_most_three(tied):
     z = torch.ones(400, 2, dtype=torch.bool)                      # so many that none is undone
     z[:200] = False
     first = [(baselines.mutate(z.flatten(), tied, rng) != z.flatten()).sum().item()
-             // 2 // (1 + tied) for _ in range(3000)]             # P = 5/9, 3/9, 1/9
-    assert np.bincount(first)[1:] / 3000 == pytest.approx([5 / 9, 3 / 9, 1 / 9], abs=0.04)
+             // 2 // (1 + tied) for _ in range(1500)]             # P = 5/9, 3/9, 1/9
+    assert np.bincount(first)[1:] / 1500 == pytest.approx([5 / 9, 3 / 9, 1 / 9], abs=0.05)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_evolution_keeps_its_counts_and_finds_the_optimum_of_a_toy(tied, monkeypatch):
     """A loss with interactions, the same for every batch; all masks are enumerated."""
     monkeypatch.setattr(baselines, "STARTS", 2)
+    if tied:                                                      # 15 states, so fewer kids
+        monkeypatch.setattr(baselines, "OFFSPRING", 6)
     L, k, rng = 6, 2, np.random.default_rng(1)
     single, pair = rng.random(2 * L), rng.random((2 * L, 2 * L)) * 0.5
 
