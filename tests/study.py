@@ -48,6 +48,8 @@ RECIPES = {
     "louizos; t in closed form; from 2.5": {"gate": "louizos", "closed": True, "start": 2.5},
     "paper's gate; then louizos": {"then": "louizos"},
     "2 rounds of swaps": {"swaps": 2},
+    "1 round of swaps on top": {"swaps": 1, "on_top": True},
+    "2 rounds of swaps on top": {"swaps": 2, "on_top": True},
     "a quarter of the tokens": {"share": 0.25},  # what each of four masks gets without igp.SHARED
 }
 
@@ -107,7 +109,7 @@ def taylor_start(model: llm.Transformer, mask: dict, texts: list[list[int]]) -> 
 
 def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe: dict,
           seed: int) -> torch.Tensor:
-    """The z of one mask under a recipe; the tokens of its swaps are taken from its training."""
+    """The z of one mask under a recipe; its swaps' tokens are training's unless "on_top"."""
     args = argparse.Namespace(**vars(args) | {k: v for k, v in recipe.items() if k in args})
     generator, weight = torch.Generator().manual_seed(seed), igp.gate_weights(model.config, args)
     mask = igp.new_mask(weight, args, f"seed {seed}")
@@ -116,7 +118,8 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
     default = igp.PRESETS[args.preset]
     tokens = int(recipe.get("share", 1) * default["samples"] * default["clusters"]
                  * default["length"])
-    tokens -= recipe.get("swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
+    if not recipe.get("on_top"):
+        tokens -= recipe.get("swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
     batches = igp.draw(texts, tokens // args.length, args, generator)
     if recipe.get("taylor"):
         taylor_start(model, mask, sum(batches[-8:], []))

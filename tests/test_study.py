@@ -38,6 +38,8 @@ def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
         assert (~z).sum() == 2, name
         if "share" in recipe:
             assert drawn[-1] == recipe["share"] * drawn[0]
+        elif "swaps" in recipe:                                  # on top of the training, or not
+            assert (drawn[-1] == drawn[0]) == recipe.get("on_top", False), name
     assert before == (igp.sample_u, igp.lagrangian)
     assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
 
