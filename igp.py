@@ -447,7 +447,7 @@ def shared_start(run: Run) -> dict:
     """The mask from which all others go on: trained once, on texts of every cluster.
 
     Under --budget flops a round of `swap` ends it: its hardened mask is worse then, and one FFN
-    block in the wrong place costs much. Under blocks the same search found as good as nothing.
+    block in the wrong place costs much. Under blocks a round here did static no good at two seeds.
     It is not saved: a run that was stopped trains it again, to the same bits.
     """
     if run.shared is None:

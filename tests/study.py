@@ -4,7 +4,8 @@ Run:  python tests/study.py recipe --calibration FILE [--seeds 3] [--only NAME,.
       python tests/study.py mix FILE SOURCE SOURCE ...
       python tests/study.py controls RUN_FOLDER [--tasks-dir FOLDER] [--limit N]
 Sets: recipe: one mask, trained in several ways from the same number of tokens, a forward token of
-      a search counted as half of one; perplexity of the texts that choose recipes.
+      a search counted as half of one if it is not "on top"; perplexity of the texts that choose
+      recipes.
       mix: a calibration file with as many texts of each source (wikipedia, code, or a file), its
       name as the topic, so that `python igp.py --calibration FILE` clusters different domains.
       controls: what a finished run's masks do under other routings than the nearest centroid's, on
