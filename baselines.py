@@ -23,10 +23,10 @@ from tqdm import tqdm
 import evaluate
 from model import Transformer
 
-# A search may spend this many forwards per training token of IG-Pruning's masks (a training step is
-# two forwards of its tokens). One that would spend more is scaled down; None: as published.
+# A search may spend this many times the forward tokens of IG-Pruning's masks together (a training
+# step is two forwards of its tokens). One that would spend more is scaled down; None: as published.
 # Deviates: the paper gives each rival what its authors gave it.
-CAP = 2
+CAP = 1
 SLEB = (4, 2048)        # windows, tokens of each: 128 lines of WikiText-2 give about four
 SHORTENED = (10, 128)   # its calibration samples
 PLUS = (0, 1, 2, 3, -2, -1)  # its "+" rule: layers never dropped, whatever the criterion

@@ -53,8 +53,7 @@ PRESETS = {
 SHARED = {"demo": 0.6, "paper": 0.0}
 LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.72, so t starts at 0.28.
 RESTARTS = 10    # Silent: of k-means
-CHOOSING = 32    # training texts that choose between a mask's candidates, see `choose`
-WIDTH = 4        # gates on either side of the threshold that `swap` tries
+SWAPPED, WIDTH = 32, 4  # training texts of a cluster, and gates on either side, that `swap` tries
 # Silent: tokens of a held-out text that are judged. Table 5's training length; the demo's minutes.
 JUDGED = {"demo": 128, "paper": 512}
 NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
@@ -125,12 +124,12 @@ def new_mask(weight: Tensor, args: argparse.Namespace, name: str) -> dict:
 
 
 def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.Namespace,
-               generator: torch.Generator) -> list[Tensor]:
+               generator: torch.Generator) -> None:
     """Eq. 8: log_alpha descends, the lambdas ascend on L_LM(x; W * z) + L_s. Trains mask in place.
 
     steps: (texts, rate) pairs, texts being lists of token ids, at least 2 each, and rate in 0-1 a
     factor of --lr. generator: on the CPU, for u. Only z gets gradients, so that a step costs two
-    forwards, not three. Returns log_alpha half-way and at the end.
+    forwards, not three.
     Raises ValueError when the loss is not finite, with the step.
     Silent: one u per text; L_LM is the mean over tokens; Adam with betas 0.9, 0.999, eps 1e-8.
     Deviates: t is 1 - mean(z) of the sampled z, not its share of zeroes: all gates feel it. The
@@ -138,7 +137,7 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
     """
     log_alpha, lambdas, adam = mask["log_alpha"], mask["lambdas"], mask["adam"]
     share = mask["weight"] / mask["weight"].sum()
-    device, kept, bar = model.head_weight.device, [], tqdm(steps, mask["name"], disable=None)
+    device, bar = model.head_weight.device, tqdm(steps, mask["name"], disable=None)
     for step, (texts, rate) in enumerate(bar):
         w = max(map(len, texts))
         tokens = torch.tensor([x + [0] * (w - len(x)) for x in texts], device=device)  # (b, w)
@@ -158,65 +157,31 @@ def train_mask(model: llm.Transformer, mask: dict, steps: list, args: argparse.N
         torch.autograd.backward([hidden, L_s], [gradient, None])  # the gradient of Eq. 8
         adam.param_groups[0]["lr"] = args.lr * rate
         adam.step()
-        if step + 1 in (len(steps) // 2, len(steps)):
-            kept.append(log_alpha.detach().clone())
         bar.set_postfix(loss=f"{L_lm:.2f}", t=f"{t:.2f}", closed=int((z == 0).all(0).sum()),
                         lambda_1=f"{lambdas[0]:.2f}", lambda_2=f"{lambdas[1]:.2f}")
-    return kept
 
 
-def choose(model: llm.Transformer, candidates: list[Tensor], texts: list,
-           hard) -> tuple[Tensor, int]:
-    """The log_alpha of `candidates` whose z, hard(log_alpha), has the lowest loss on `texts`.
+def swap(model: llm.Transformer, log_alpha: Tensor, texts: list, hard) -> tuple[Tensor, int]:
+    """log_alpha with one gate moved over the threshold, if its hard mask's loss on texts falls.
 
-    Returns it and the forward tokens that this took.
+    Tried is each of the WIDTH kept gates nearest to the threshold, and of as many skipped ones:
+    hard(log_alpha), the boolean z (B,), then meets its target by what is nearest to the threshold
+    on the other side. log_alpha is float32 (B,), or (L,) if layers. Returns also the forward tokens
+    that this took.
 
-    Deviates: the paper hardens the last log_alpha. Gates are soft in training, so that which of
-    two almost equal ones is skipped is decided by noise, and by this if the loss tells them apart.
+    Deviates: the paper hardens the trained log_alpha as it is. Gates are soft in training, so that
+    which of two almost equal ones ends on which side of the threshold is noise.
     """
-    losses = {}
-    for log_alpha in candidates:
-        z = hard(log_alpha)
-        if (key := tuple(z.tolist())) not in losses:
-            losses[key] = (evaluate.loss(model, z, texts), log_alpha)
-    best = min(losses.values(), key=lambda pair: pair[0])[1]
-    return best, len(losses) * sum(map(len, texts))
-
-
-def swap(model: llm.Transformer, log_alpha: Tensor, weight: Tensor, texts: list,
-         hard) -> tuple[Tensor, int]:
-    """log_alpha with two gates of a weight exchanged, for each weight, if the loss on texts falls.
-
-    Of the WIDTH kept gates nearest to the threshold, the one is skipped whose loss is then lowest;
-    of as many skipped ones, likewise, one is restored. What is skipped costs the same as before.
-    log_alpha and weight, of `gate_weights`, are float32 (B,), or (L,) if layers; hard(log_alpha) is
-    the boolean z (B,). Returns also the forward tokens that this took.
-
-    Deviates: the paper has no such search. It mends what `choose` cannot, see `shared_start`.
-    """
-    order, spent, n = log_alpha.argsort().tolist(), 0, len(weight)
-    for each in weight.unique():
-        gates = hard(log_alpha).view(n, -1)[:, 0]
-        kept, skipped = ([i for i in order if weight[i] == each and gates[i] == on]
-                         for on in (True, False))
-        kept, skipped = kept[:WIDTH], skipped[-WIDTH:]
-        if not kept or not skipped:
-            continue
-
-        def after(changes: dict, gates: Tensor = gates) -> float:
-            """The loss with some gates set otherwise."""
-            gates = gates.clone()
-            gates[list(changes)] = torch.tensor(list(changes.values()), dtype=torch.bool)
-            return evaluate.loss(model, gates.repeat_interleave(model.B // n), texts)
-
-        off = min(kept, key=lambda i: after({i: False}))
-        losses = {i: after({off: False, i: True}) for i in skipped}
-        on = min(losses, key=losses.get)
-        spent += (len(kept) + len(skipped) + 1) * sum(map(len, texts))
-        if losses[on] < after({}):
-            log_alpha = log_alpha.clone()
-            log_alpha[[off, on]] = log_alpha[[on, off]]
-    return log_alpha, spent
+    order, n = log_alpha.argsort().tolist(), len(log_alpha)
+    on = hard(log_alpha).view(n, -1)[:, 0]
+    lowest, highest = log_alpha.min() - 1, log_alpha.max() + 1
+    candidates = {tuple(hard(log_alpha).tolist()): log_alpha}
+    for i in [i for i in order if on[i]][:WIDTH] + [i for i in order if not on[i]][-WIDTH:]:
+        moved = log_alpha.clone()
+        moved[i] = lowest if on[i] else highest
+        candidates.setdefault(tuple(hard(moved).tolist()), moved)
+    losses = {z: evaluate.loss(model, torch.tensor(z), texts) for z in candidates}
+    return candidates[min(losses, key=losses.get)], len(losses) * sum(map(len, texts))
 
 
 def draw(texts: list[list[int]], n: int, args: argparse.Namespace,
@@ -426,28 +391,29 @@ def stage(run: Run, name: str):
 # ------------------------------------------------------------------ Stage 1: a mask per cluster
 
 
-def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator) -> list[Tensor]:
+def train_timed(run: Run, mask: dict, steps: list, generator: torch.Generator) -> None:
     """`train_mask`; the mask's cost goes to results["training"]: a step is two forwards."""
     start = time.perf_counter()
-    kept = train_mask(run.model, mask, steps, run.args, generator)
+    train_mask(run.model, mask, steps, run.args, generator)
     tokens = sum(len(x) - 1 for texts, _ in steps for x in texts)
     run.results["training"][mask["name"]] = {                    # a mask trained again counts once
         "tokens": tokens, "forward_tokens": 2 * tokens, "seconds": time.perf_counter() - start}
     run.results["training_tokens_per_second"] = tokens / (time.perf_counter() - start)
-    return kept
 
 
-def add_cost(run: Run, name: str, tokens: int, start: float) -> None:
-    """Adds forward tokens, and the time since start, to a mask's cost."""
-    run.results["training"][name]["forward_tokens"] += tokens
-    run.results["training"][name]["seconds"] += time.perf_counter() - start
+def swap_timed(run: Run, mask: dict, texts: list) -> Tensor:
+    """`swap` of a trained mask; the cost is added to what its training took."""
+    start, cost = time.perf_counter(), run.results["training"][mask["name"]]
+    log_alpha, tokens = swap(run.model, mask["log_alpha"].detach(), texts,
+                             lambda x: hard_z(x, mask["weight"], run.args))
+    cost["forward_tokens"] += tokens
+    cost["seconds"] += time.perf_counter() - start
+    return log_alpha
 
 
 def shared_start(run: Run) -> dict:
     """The mask from which all others go on: trained once, on texts of every cluster.
 
-    Under --budget flops a round of `swap` ends it: its hardened mask is worse then, and one FFN
-    block in the wrong place costs much. Under blocks a round here did static no good at two seeds.
     It is not saved: a run that was stopped trains it again, to the same bits.
     """
     if run.shared is None:
@@ -456,13 +422,6 @@ def shared_start(run: Run) -> dict:
         n = round(args.samples * args.epochs * args.clusters * SHARED[args.preset])
         batches = draw([x["tokens"] for x in run.train], n, args, generator)
         train_timed(run, run.shared, [(x, 1.0) for x in batches], generator)
-        if batches and args.budget == "flops":
-            mask, start = run.shared, time.perf_counter()
-            log_alpha, tokens = swap(run.model, mask["log_alpha"].detach(), mask["weight"],
-                                     sum(batches, [])[:CHOOSING],
-                                     lambda x: hard_z(x, mask["weight"], args))
-            mask["log_alpha"].data.copy_(log_alpha)
-            add_cost(run, mask["name"], tokens, start)
     return run.shared
 
 
@@ -500,28 +459,25 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
     """Eq. 3-8 for each cluster: the router of `method`, saved after every finished mask.
 
     mu (N, d_e), labels (M,) of run.train. Masks that the run folder already holds are kept.
-    static is the case N = 1, and gets the tokens of all of igp's masks together.
+    static is the case N = 1, and gets the tokens of all of igp's masks together, for training and
+    for `swap`.
     Silent: log_alpha's rate falls linearly to 0 in a mask's own steps.
     """
     args, N, B = run.args, len(mu), run.model.B
     path = run.out / ("router.safetensors" if method == "igp" else f"{method}.safetensors")
     router = begun_router(run, path, mu)
     n = round(args.samples * args.epochs * (1 - SHARED[args.preset]) * args.clusters / N)
-    weight = gate_weights(run.model.config, args)
     for k in (k for k in range(N) if router.log_alpha[k].isnan().any()):
         number = 2 + k if method == "igp" else 1                 # a generator of its own per mask
         generator = torch.Generator().manual_seed(args.seed * 2**20 + number)
         mask = copy.deepcopy(shared_start(run)) | {"name": f"{method}, mask {k}"}
         batches = draw([run.train[i]["tokens"] for i in np.flatnonzero(labels == k)], n, args,
                        generator)
-        steps = [(x, 1 - i / len(batches)) for i, x in enumerate(batches)]
-        candidates = [mask["log_alpha"].detach().clone()] if SHARED[args.preset] else []
-        candidates += train_timed(run, mask, steps, generator)
-        texts, start = sum(batches, [])[:CHOOSING], time.perf_counter()
-        log_alpha, tokens = choose(run.model, candidates, texts, lambda x: hard_z(x, weight, args))
-        add_cost(run, mask["name"], tokens, start)
-        router.log_alpha[k] = log_alpha.repeat_interleave(B // len(weight))
-        router.z[k] = hard_z(log_alpha, weight, args)
+        train_timed(run, mask, [(x, 1 - i / len(batches)) for i, x in enumerate(batches)],
+                    generator)
+        log_alpha = swap_timed(run, mask, sum(batches, [])[-SWAPPED * args.clusters // N:])
+        router.log_alpha[k] = log_alpha.repeat_interleave(B // len(log_alpha))
+        router.z[k] = hard_z(log_alpha, mask["weight"], args)
         run.save()                                               # first: it counts what is trained
         routing.save(router, path)
     return router
@@ -530,15 +486,14 @@ def train_masks(run: Run, method: str, mu: np.ndarray, labels: np.ndarray) -> ro
 def search_rival(run: Run, name: str) -> routing.Router:
     """The one z of a rival of baselines.py, as a router with N = 1, saved; log_alpha is 1 or -1.
 
-    Deviates: a rival may spend as many forward tokens as the training of igp's masks together, see
-    baselines.CAP.
+    Deviates: a rival may spend as many forward tokens as igp's masks together, see baselines.CAP.
     """
     args, L = run.args, run.model.config.num_hidden_layers
     d_e = routing.encode(run.encoder, [run.train[0]["text"]]).shape[1]
     path = run.out / f"{name}.safetensors"
     router = begun_router(run, path, np.zeros((1, d_e), np.float32))
     if router.log_alpha.isnan().any():
-        cap = baselines.CAP and baselines.CAP * training_tokens(args)
+        cap = baselines.CAP and round(baselines.CAP * forward_tokens(args))
         search = baselines.Search(
             run.model, [x["tokens"] for x in run.train], blocks_to_skip(args.sparsity, L),
             args.granularity == "layer", cap, np.random.default_rng(args.seed))
@@ -555,6 +510,12 @@ def search_rival(run: Run, name: str) -> routing.Router:
 def training_tokens(args: argparse.Namespace) -> int:
     """At most so many tokens train all masks of a method together."""
     return args.samples * args.epochs * args.clusters * args.length
+
+
+def forward_tokens(args: argparse.Namespace) -> int:
+    """At most so many forward tokens make all masks of a method: training, then `swap`."""
+    swapped = args.clusters * SWAPPED * args.length * (2 * WIDTH + 1)
+    return 2 * training_tokens(args) + swapped                   # a step is two forwards
 
 
 def describe(run: Run, e: np.ndarray, mu: np.ndarray, labels: np.ndarray) -> list[dict]:
@@ -780,25 +741,24 @@ def estimate(run: Run) -> float:
         float((x @ w.T)[0, 0])
         seconds.append(time.perf_counter() - begin)
     rate = 0.6 * 2 * len(x) * w.numel() / min(seconds)           # 0.6: tests/bench.py training
-    # start, trained: in units of a method's training; judged: in passes over run.judge; asked: in
-    # characters.
+    # start, trained: in forward tokens; judged: in passes over run.judge; asked: in characters
     start = trained = judged = asked = 0
     for name in args.method:
-        N = args.clusters if name == "igp" else 1
+        N = 1 if name != "igp" else args.clusters if run.router is None else len(run.router.z)
         masks = [f"{name}, mask {k}" for k in range(N)] if name in TRAINED else [name]
         left = sum(mask not in done for mask in masks) / len(masks)
         if name in TRAINED and left and not args.router:
-            start = SHARED[args.preset]
-            trained += left * (1 - start)
+            start = SHARED[args.preset] * 2 * training_tokens(args)
+            trained += left * (forward_tokens(args) - start)
         elif name in baselines.RIVALS:                           # with CAP at most as much as igp
-            trained += left
+            trained += left * forward_tokens(args)
         if name not in rows and args.prompt is None:             # at most; equal masks once
             judged += N
         asked += sum(len(q.routed) + sum(map(len, q.choices)) for task in run.questions
                      if not is_asked(run, rows.get(name, {"tasks": {}}), task)
                      for q in run.questions[task])
-    tokens = 2 * (start + trained) * training_tokens(args) + judged * sum(
-        len(x["tokens"]) for x in run.judge) + asked / 4         # about 4 characters a token
+    tokens = start + trained + judged * sum(len(x["tokens"]) for x in run.judge)
+    tokens += asked / 4                                          # about 4 characters a token
     return tokens * llm.flops(config, args.length) / args.length / rate / 60
 
 

@@ -3,9 +3,8 @@
 Run:  python tests/study.py recipe --calibration FILE [--seeds 3] [--only NAME,...]
       python tests/study.py mix FILE SOURCE SOURCE ...
       python tests/study.py controls RUN_FOLDER [--tasks-dir FOLDER] [--limit N]
-Sets: recipe: one mask, trained in several ways from the same number of tokens, a forward token of
-      a search counted as half of one if it is not "on top"; perplexity of the texts that choose
-      recipes.
+Sets: recipe: one mask, trained in several ways from the same number of tokens, then swapped as
+      static is; perplexity of the texts that choose recipes.
       mix: a calibration file with as many texts of each source (wikipedia, code, or a file), its
       name as the topic, so that `python igp.py --calibration FILE` clusters different domains.
       controls: what a finished run's masks do under other routings than the nearest centroid's, on
@@ -33,7 +32,8 @@ CHOSEN, TOKENS = 60, 128  # texts that choose a recipe or a mask, and how much o
 # Each is a change of the default, igp.PRESETS["demo"] on one mask.
 RECIPES = {
     "default": {},
-    "last log_alpha; not chosen": {"choose": False},
+    "no swap": {"swaps": 0},
+    "2 rounds of swaps": {"swaps": 2},
     "mean of log_alpha over the second half": {"average": True},
     "8 texts a step": {"batch_size": 8},
     "2 texts of 96 tokens a step": {"batch_size": 2, "length": 96},
@@ -48,9 +48,6 @@ RECIPES = {
     "louizos": {"gate": "louizos"},
     "louizos; t in closed form; from 2.5": {"gate": "louizos", "closed": True, "start": 2.5},
     "paper's gate; then louizos": {"then": "louizos"},
-    "2 rounds of swaps": {"swaps": 2},
-    "1 round of swaps on top": {"swaps": 1, "on_top": True},
-    "2 rounds of swaps on top": {"swaps": 2, "on_top": True},
     "a quarter of the tokens": {"share": 0.25},  # what each of four masks gets without igp.SHARED
 }
 
@@ -110,7 +107,7 @@ def taylor_start(model: llm.Transformer, mask: dict, texts: list[list[int]]) -> 
 
 def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe: dict,
           seed: int) -> torch.Tensor:
-    """The z of one mask under a recipe; its swaps' tokens are training's unless "on_top"."""
+    """The z of one mask under a recipe."""
     args = argparse.Namespace(**vars(args) | {k: v for k, v in recipe.items() if k in args})
     generator, weight = torch.Generator().manual_seed(seed), igp.gate_weights(model.config, args)
     mask = igp.new_mask(weight, args, f"seed {seed}")
@@ -119,8 +116,6 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
     default = igp.PRESETS[args.preset]
     tokens = int(recipe.get("share", 1) * default["samples"] * default["clusters"]
                  * default["length"])
-    if not recipe.get("on_top"):
-        tokens -= recipe.get("swaps", 0) * (2 * igp.WIDTH + 1) * igp.CHOOSING * args.length // 2
     batches = igp.draw(texts, tokens // args.length, args, generator)
     if recipe.get("taylor"):
         taylor_start(model, mask, sum(batches[-8:], []))
@@ -139,11 +134,9 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
         return igp.hard_z(log_alpha, weight, args)
 
     last = torch.stack(kept[5:]).mean(0) if recipe.get("average") else kept[-1]
-    chosen = sum(batches, [])[-igp.CHOOSING:]
-    if recipe.get("choose", True):
-        last, _ = igp.choose(model, [kept[5], kept[7], last], chosen, hard)
-    for _ in range(recipe.get("swaps", 0)):
-        last, _ = igp.swap(model, last, weight, chosen, hard)
+    own = sum(batches, [])[-igp.SWAPPED * default["clusters"]:]
+    for _ in range(recipe.get("swaps", 1)):
+        last, _ = igp.swap(model, last, own, hard)
     return hard(last)
 
 

@@ -156,32 +156,14 @@ def test_training_reaches_the_target_and_repeats(model):
         args = arguments(sparsity=0.5)
         batches = igp.draw(TEXTS, 300, args, generator)
         steps = [(x, 1 - i / 100) for i, x in enumerate(batches)]
-        half, end = igp.train_mask(model, mask, steps, args, generator)
-        assert torch.equal(end, mask["log_alpha"].detach()) and not torch.equal(half, end)
-        return end
+        igp.train_mask(model, mask, steps, args, generator)
+        return mask["log_alpha"].detach()
 
     log_alpha, again = train(), train()
     assert torch.equal(log_alpha, again)
     z = sample_z(log_alpha, sample_u((2000, B), torch.Generator()), "paper")
     assert 1 - z.mean().item() == pytest.approx(0.5, abs=1 / B)
     assert log_alpha.std() > 0.3 and (~harden(log_alpha, 3)).sum() == 3
-
-
-def test_choose_takes_the_candidate_of_the_lowest_hard_loss(model):
-    """Against transformers with hooks, over every mask of 2 skipped blocks."""
-    candidates = []
-    for i in range(B):
-        for j in range(i):
-            log_alpha = torch.ones(B)
-            log_alpha[[i, j]] = -1.0
-            candidates += [log_alpha, log_alpha * 2]  # the same z twice
-    chosen, tokens = igp.choose(model, candidates, TEXTS, lambda x: harden(x, 2))
-    assert tokens == 15 * sum(map(len, TEXTS))                    # equal masks are tried once
-
-    def loss(log_alpha):
-        return loss_by_transformers(log_alpha > 0)
-
-    assert loss(chosen) == pytest.approx(min(map(loss, candidates)), abs=1e-3)
 
 
 def loss_by_transformers(z):
@@ -196,53 +178,79 @@ def loss_by_transformers(z):
 
 
 @pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("budget", ["blocks", "flops"])
-def test_swap_against_its_rule_on_transformers(model, monkeypatch, width, budget):
-    """Of each weight: skip one more, restore one, both by the loss; kept if that is lower."""
+@pytest.mark.parametrize(("budget", "granularity"), [("blocks", "block"), ("flops", "block"),
+                                                      ("blocks", "layer")])
+def test_swap_against_its_rule_on_transformers(model, monkeypatch, width, budget, granularity):
+    """Of the gates around the threshold the one is moved over it that lowers the loss the most."""
     monkeypatch.setattr(igp, "WIDTH", width)
-    args, moved = arguments(budget=budget, sparsity=0.5), 0
+    args, moved = arguments(budget=budget, granularity=granularity, sparsity=0.5), 0
     weight = igp.gate_weights(model.config, args)
-    for seed in range(4):
-        log_alpha = torch.randn(B, generator=torch.Generator().manual_seed(seed))
-        got, tokens = igp.swap(model, log_alpha, weight, TEXTS,
-                               lambda x: igp.hard_z(x, weight, args))
-        z, tried = igp.hard_z(log_alpha, weight, args), 0
-        start = z.clone()
-        for kind in ([range(B)] if budget == "blocks" else [range(0, B, 2), range(1, B, 2)]):
-            near = sorted(kind, key=lambda i: log_alpha[i])
-            kept = [i for i in near if z[i]][:width]
-            skipped = [i for i in near if not z[i]][-width:]
-            if kept and skipped:
-                changes = {(i, j): z.clone() for i in kept for j in [None, *skipped]}
-                for (i, j), changed in changes.items():
-                    changed[i] = False
-                    if j is not None:
-                        changed[j] = True
-                off = min(kept, key=lambda i: loss_by_transformers(changes[i, None]))
-                on = min(skipped, key=lambda j: loss_by_transformers(changes[off, j]))
-                if loss_by_transformers(changes[off, on]) < loss_by_transformers(z):
-                    z, moved = changes[off, on], moved + 1
-                tried += len(kept) + len(skipped) + 1
-        assert torch.equal(igp.hard_z(got, weight, args), z)
-        assert (start[0::2].sum() == z[0::2].sum()) or budget == "blocks"
-        assert tokens == tried * sum(map(len, TEXTS))
-    assert moved > 1
+    n = len(weight)
+    for seed in range(8):
+        log_alpha = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+        got, tokens = igp.swap(model, log_alpha, TEXTS, lambda x: igp.hard_z(x, weight, args))
+        start = igp.hard_z(log_alpha, weight, args)
+        gates = start.view(n, -1)[:, 0]
+        order = sorted(range(n), key=lambda i: log_alpha[i])
+        kept, skipped = ([i for i in order if gates[i] == on] for on in (True, False))
+        tried = {tuple(start.tolist()): loss_by_transformers(start)}
+        for i in kept[:width] + skipped[-width:]:
+            if budget == "flops":
+                other = log_alpha.clone()
+                other[i] = -99 if gates[i] else 99
+                z = igp.hard_z(other, weight, args)
+            else:                                                 # an exchange with the nearest
+                z = gates.clone()
+                z[i] = not z[i]
+                z[skipped[-1] if gates[i] else kept[0]] = gates[i]
+                z = z.repeat_interleave(B // n)
+            assert z.view(n, -1)[i, 0] != gates[i]
+            tried[tuple(z.tolist())] = loss_by_transformers(z)
+        best = torch.tensor(min(tried, key=tried.get))
+        assert torch.equal(igp.hard_z(got, weight, args), best)
+        assert tokens == len(tried) * sum(map(len, TEXTS))
+        assert torch.equal(got, log_alpha) == torch.equal(best, start)
+        moved += not torch.equal(best, start)
+    assert moved
 
 
-@pytest.mark.parametrize("budget", ["blocks", "flops"])
-def test_the_shared_start_ends_with_a_swap_that_is_counted_under_flops(command, monkeypatch,
-                                                                       budget):
-    given = []
-    monkeypatch.setattr(igp, "swap", lambda _model, log_alpha, _weight, texts, _hard: (
-        given.append((log_alpha.clone(), texts)), (log_alpha + 5, 1000))[1])
-    run = igp.open_run(igp.parse([*command, "--budget", budget]))
-    mask = igp.shared_start(run)
-    cost, swaps = run.results["training"]["shared start"], int(budget == "flops")
-    assert len(given) == swaps and igp.shared_start(run) is mask
-    assert cost["forward_tokens"] == 2 * cost["tokens"] + 1000 * swaps
-    for log_alpha, texts in given:
-        assert torch.equal(mask["log_alpha"].detach(), log_alpha + 5)
-        assert len(texts) == 10 and max(map(len, texts)) <= 12   # 60 % of 2 x 8, of 12 tokens
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_every_mask_ends_with_a_swap_on_its_own_texts_that_is_counted(command, monkeypatch,
+                                                                      granularity):
+    """static gets the texts of both clusters' swaps; the shared start gets none."""
+    given, trained = [], []
+    monkeypatch.setattr(igp, "SWAPPED", 2)
+    monkeypatch.setattr(igp, "swap", lambda _model, log_alpha, texts, _hard: (
+        given.append((log_alpha.clone(), texts)), (log_alpha.flip(0), 1000))[1])
+    train_mask = igp.train_mask
+    monkeypatch.setattr(igp, "train_mask", lambda model, mask, steps, *rest: (
+        train_mask(model, mask, steps, *rest),
+        trained.append((mask["name"], mask["log_alpha"].detach().clone(),
+                        sum((x for x, _ in steps), []))))[0])
+    run = igp.open_run(igp.parse([*command, "--granularity", granularity]))
+    run.out.mkdir()
+    mu, labels = np.random.default_rng(0).random((2, 24), np.float32), np.arange(len(run.train)) % 2
+    for method, k in (("igp", 2), ("static", 1)):
+        router = igp.train_masks(run, method, mu[:k], labels % k)
+        masks = [x for x in trained if x[0].startswith(f"{method}, ")]
+        assert len(given) == len(masks) == k
+        for j, ((log_alpha, texts), (name, end, own)) in enumerate(zip(given, masks, strict=True)):
+            assert torch.equal(log_alpha, end) and texts == own[-4 // k:]
+            cost = run.results["training"][name]
+            assert cost["forward_tokens"] == 2 * cost["tokens"] + 1000
+            flipped = end.flip(0).repeat_interleave(B // len(end))
+            assert torch.equal(router.log_alpha[j], flipped)
+            assert torch.equal(router.z[j], harden(flipped, 2))   # floor(0.3 * 6 + 0.5)
+        given.clear()
+    cost = run.results["training"]["shared start"]
+    assert cost["forward_tokens"] == 2 * cost["tokens"] > 0
+
+
+def test_the_cost_of_masks_is_training_and_swaps():
+    """Two forwards of 5 x 7 texts of 12 tokens in 3 epochs, then nine of 5 x 32."""
+    args = igp.parse(["--clusters", "5", "--samples", "7", "--length", "12", "--epochs", "3"])
+    assert igp.training_tokens(args) == 5 * 7 * 12 * 3
+    assert igp.forward_tokens(args) == 2 * 5 * 7 * 12 * 3 + 5 * 32 * 12 * 9
 
 
 def test_a_loss_that_is_not_finite_stops_with_mask_and_step(model):
@@ -343,16 +351,17 @@ def test_the_estimate_counts_what_is_left(command, tmp_path, monkeypatch):
     judged = sum(len(x["tokens"]) for x in run.judge)
     asked = sum(len(q.routed + "".join(q.choices)) for q in run.questions["wiki_what"]) / 4
     once = 2 * 2 * 8 * 12  # two forwards of 8 texts of 12 tokens for 2 clusters
-    assert tokens() == pytest.approx((0.6 + 0.4 + 0.4) * once + 4 * judged + 3 * asked)
-    assert tokens("--prompt", "a", "--tasks", "") == pytest.approx(once)
+    swaps = 2 * 32 * 12 * 9
+    assert tokens() == pytest.approx((0.6 + 0.4 + 0.4) * once + 2 * swaps + 4 * judged + 3 * asked)
+    assert tokens("--prompt", "a", "--tasks", "") == pytest.approx(once + swaps)
     assert igp.main(command) == 0
     assert tokens() == 0 == tokens("--prompt", "a", "--tasks", "")
-    assert tokens("--method", "igp,sleb") == pytest.approx(once + judged + asked)
+    assert tokens("--method", "igp,sleb") == pytest.approx(once + swaps + judged + asked)
     assert tokens("--limit", "5") == pytest.approx(3 * sum(len(q.routed + "".join(
         q.choices)) for q in run.questions["wiki_what"][:5]) / 4)
     router = str(tmp_path / "run/router.safetensors")
-    assert tokens("--router", router, "--out", str(tmp_path / "new")) == pytest.approx(
-        3 * judged + 2 * asked)
+    assert tokens("--router", router, "--out", str(tmp_path / "new"), "--clusters",
+                  "7") == pytest.approx(3 * judged + 2 * asked)  # N is the router's
 
 
 def test_the_judges_are_the_held_out_texts_under_their_own_z(command, tmp_path, capsys,
@@ -752,7 +761,8 @@ def test_all_methods_stand_in_one_table_with_their_cost(deep, tmp_path, capsys, 
         assert z.shape == (1, 18) and rows[name]["training_tokens"] == 0
     training = 2 * 8 * 12  # clusters, samples, tokens at most
     assert 0 < rows["igp"]["training_tokens"] <= training
-    assert rows["sleb"]["forward_tokens"] <= 2 * training < 4 * rows["evopress"]["forward_tokens"]
+    cap = 2 * training + 2 * 32 * 12 * 9
+    assert rows["sleb"]["forward_tokens"] <= cap < 4 * rows["evopress"]["forward_tokens"]
     assert rows["shortened-ppl"]["forward_tokens"] == 9 * 48
     assert rows["shortened-taylor"]["forward_tokens"] == 3 * 48
     assert rows["shortened-magnitude"]["forward_tokens"] == rows["dense"]["forward_tokens"] == 0

@@ -24,22 +24,24 @@ def model(checkpoint):
 
 def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
     monkeypatch.setattr(igp, "WIDTH", 2)
-    monkeypatch.setattr(igp, "CHOOSING", 3)
+    monkeypatch.setattr(igp, "SWAPPED", 3)
     monkeypatch.setitem(igp.PRESETS, "demo", igp.PRESETS["demo"] | {
         "samples": 40, "clusters": 1, "length": 12})
     args = igp.parse(["--sparsity", "0.34"])
-    draw, drawn = igp.draw, []
+    draw, drawn, swap, swaps = igp.draw, [], igp.swap, []
+    monkeypatch.setattr(igp, "swap", lambda *given: swaps.append(given[2]) or swap(*given))
     monkeypatch.setattr(igp, "draw", lambda texts, n, *rest: drawn.append(n) or draw(
         texts, n, *rest))
     default = study.train(model, TEXTS, args, study.RECIPES["default"], 0)
     before = igp.sample_u, igp.lagrangian
     for name, recipe in study.RECIPES.items():
+        swaps.clear()
         z = study.train(model, TEXTS, args, recipe, 0)
         assert (~z).sum() == 2, name
         if "share" in recipe:
             assert drawn[-1] == recipe["share"] * drawn[0]
-        elif "swaps" in recipe:                                  # on top of the training, or not
-            assert (drawn[-1] == drawn[0]) == recipe.get("on_top", False), name
+        assert len(swaps) == recipe.get("swaps", 1), name
+        assert all(len(x) == 3 for x in swaps)
     assert before == (igp.sample_u, igp.lagrangian)
     assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
 
