@@ -14,6 +14,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -51,7 +52,6 @@ PRESETS = {
 # Deviates: this share of the tokens trains one start for all masks, at a constant rate. The paper
 # trains each mask from scratch.
 SHARED = {"demo": 0.6, "paper": 0.0}
-LOG_ALPHA = 1.0  # Silent: the start of log_alpha. The mean of z is then 0.72, so t starts at 0.28.
 RESTARTS = 10    # Silent: of k-means
 SWAPPED, WIDTH = 32, 4  # training texts of a cluster, and gates on either side, that `swap` tries
 # Silent: tokens of a held-out text that are judged. Table 5's training length; the demo's minutes.
@@ -114,8 +114,11 @@ def new_mask(weight: Tensor, args: argparse.Namespace, name: str) -> dict:
     """What is trained for one mask, log_alpha and lambda_1, lambda_2, with its optimiser.
 
     weight: of `gate_weights`. All in float32 on the CPU, whatever the model's dtype and device.
+    Silent: the start. log_alpha = log((1 - s) / s), as Louizos et al. start for a drop rate s, here
+    s_target: t begins within 0.03 of it, so that the lambdas need not first undo another start.
     """
-    log_alpha = torch.full(weight.shape, LOG_ALPHA, requires_grad=True)
+    start = math.log((1 - args.sparsity) / args.sparsity)
+    log_alpha = torch.full(weight.shape, start, requires_grad=True)
     lambdas = torch.zeros(2, requires_grad=True)  # they ascend as soon as t is not s_target
     adam = torch.optim.Adam([{"params": [log_alpha], "lr": args.lr},
                              {"params": [lambdas], "lr": args.lr_lambda, "maximize": True}])

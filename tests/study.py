@@ -111,8 +111,8 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, recipe:
     args = argparse.Namespace(**vars(args) | {k: v for k, v in recipe.items() if k in args})
     generator, weight = torch.Generator().manual_seed(seed), igp.gate_weights(model.config, args)
     mask = igp.new_mask(weight, args, f"seed {seed}")
-    with torch.no_grad():
-        mask["log_alpha"].fill_(recipe.get("start", igp.LOG_ALPHA))
+    if "start" in recipe:
+        mask["log_alpha"].data.fill_(recipe["start"])
     default = igp.PRESETS[args.preset]
     tokens = int(recipe.get("share", 1) * default["samples"] * default["clusters"]
                  * default["length"])

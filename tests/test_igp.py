@@ -60,14 +60,15 @@ def test_lm_loss_is_cross_entropy_with_its_gradient(model, monkeypatch):
 @pytest.mark.parametrize(("budget", "granularity"), [("blocks", "block"), ("flops", "block"),
                                                       ("blocks", "layer")])
 def test_first_step_is_eq_8_by_autograd_on_transformers(model, budget, granularity):
-    """One step from log_alpha = 1; Adam's first step is lr * sign(gradient)."""
+    """One step from log_alpha = log 3; Adam's first step is lr * sign(gradient)."""
     args = arguments(budget=budget, granularity=granularity)
     weight = igp.gate_weights(model.config, args)
     mask, generator = igp.new_mask(weight, args, "test"), torch.Generator().manual_seed(3)
     igp.train_mask(model, mask, [(TEXTS, 1.0)], args, generator)
 
     n_gates = 3 if granularity == "layer" else B
-    log_alpha, lambdas = torch.ones(n_gates, requires_grad=True), torch.zeros(2, requires_grad=True)
+    log_alpha = torch.full((n_gates,), 3.0).log().requires_grad_()  # 0.75 / 0.25
+    lambdas = torch.zeros(2, requires_grad=True)
     u = sample_u((4, n_gates), torch.Generator().manual_seed(3))
     z = sample_z(log_alpha, u, "paper")
     blocks = torch.stack([z, z], 2).flatten(1) if granularity == "layer" else z
@@ -87,7 +88,7 @@ def test_first_step_is_eq_8_by_autograd_on_transformers(model, budget, granulari
     total.backward()
     torch.testing.assert_close(mask["log_alpha"].grad, log_alpha.grad, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(mask["lambdas"].grad, lambdas.grad, rtol=1e-4, atol=1e-6)
-    step = mask["log_alpha"].detach() - 1
+    step = mask["log_alpha"].detach() - log_alpha.detach()
     torch.testing.assert_close(step, -args.lr * log_alpha.grad.sign(), rtol=1e-2, atol=1e-3)
     ascent = args.lr_lambda * lambdas.grad.sign()
     torch.testing.assert_close(mask["lambdas"].detach(), ascent, rtol=1e-2, atol=1e-3)
@@ -148,6 +149,13 @@ def test_no_tensor_of_all_logits_is_ever_built(model, monkeypatch):
         igp.train_mask(model, fresh(), [([list(range(2, 42))] * 3, 1.0)],
                        arguments(), torch.Generator())
     assert 0 < largest <= 8 * 97
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.4, 0.6])
+def test_the_first_sparsity_is_about_the_target(sparsity):
+    log_alpha = igp.new_mask(torch.ones(B), arguments(sparsity=sparsity), "t")["log_alpha"].detach()
+    z = sample_z(log_alpha, sample_u((20_000, B), torch.Generator()), "paper")
+    assert 1 - z.mean().item() == pytest.approx(sparsity, abs=0.03)
 
 
 def test_training_reaches_the_target_and_repeats(model):
