@@ -32,16 +32,21 @@ def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
     monkeypatch.setattr(igp, "swap", lambda *given: swaps.append(given[2]) or swap(*given))
     monkeypatch.setattr(igp, "draw", lambda texts, n, *rest: drawn.append(n) or draw(
         texts, n, *rest))
+    train_mask, starts = igp.train_mask, []
+    monkeypatch.setattr(igp, "train_mask", lambda model, mask, *rest: (
+        starts.append(mask["log_alpha"][0].item()), train_mask(model, mask, *rest)))
     default = study.train(model, TEXTS, args, study.RECIPES["default"], 0)
     before = igp.sample_u, igp.lagrangian
     for name, recipe in study.RECIPES.items():
         swaps.clear()
+        starts.clear()
         z = study.train(model, TEXTS, args, recipe, 0)
         assert (~z).sum() == 2, name
         if "share" in recipe:
             assert drawn[-1] == recipe["share"] * drawn[0]
         assert len(swaps) == recipe.get("swaps", 1), name
         assert all(len(x) == 3 for x in swaps)
+        assert recipe.get("start") in (None, starts[0])
     assert before == (igp.sample_u, igp.lagrangian)
     assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
 
