@@ -10,14 +10,60 @@ Blocks: block 2i is the attention of layer i, block 2i+1 its FFN. z = 1 keeps a 
 """
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------- files
+
+
+class UserError(ValueError):
+    """What a user can mend: it ends the program with this one line and exit status 2."""
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text, without a byte order mark. Raises UserError, with the line, if not."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        number = e.object[:e.start].count(b"\n") + 1
+        raise UserError(f"{path} line {number} is not UTF-8 text; save it as UTF-8") from None
+
+
+def write(path: str | Path, data: bytes) -> None:
+    """The file appears whole or not at all: temporary file, fsync, rename.
+
+    Raises UserError where that fails (a full disk); the old file is then still there.
+    """
+    part = Path(f"{path}.part")                                   # of a killed run, perhaps
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}); mend that and run the same "
+                        "command again: it goes on") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError, naming the file, if there is none in it."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON ({e}); delete it or fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
 
 # ---------------------------------------------------------------------------- config.json
 
@@ -42,100 +88,97 @@ class Config:
     eos_token_id: tuple           # ids that end a generated text; may be none
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, naming the file, if there is none in it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+DEFAULTS = {  # of fields that a config.json may lack, as in transformers
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+IMPLEMENTED = {  # fields that change the forward: the values that are implemented here
+    "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"),
+    "hidden_act": (None, "silu"), "partial_rotary_factor": (None, 1),
+    "tie_word_embeddings": (True, False), "layer_types": (None, ["full_attention"]),
+} | dict.fromkeys((
+    "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "quantization_config",
+    "per_layer_config", "transformers_weights",
+    "full_attention", "sliding_attention",  # rope_parameters by kind of layer
+), (None, False))
 
 
 def read_config(folder: str | Path) -> Config:
-    """config.json of a checkpoint folder; optional fields default as in transformers.
+    """The Config of a checkpoint folder, from what transformers 5 would read there.
 
-    Raises ValueError, naming field and value, for what would change the forward and is not
-    implemented here, and for a missing or impossible number; OSError without the file.
+    A rope_scaling that is not empty replaces rope_parameters whole. The end-of-text ids are those
+    of generation_config.json if it names any, else config.json's (transformers asks the second
+    only where the first does not exist).
+    Raises UserError, naming field and value, for what would change the forward and is not
+    implemented here, and for a missing or impossible number; OSError without config.json.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or before
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    rope = {} if rope is None else rope
     if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
-    rope = {"rope_type": rope.get("type", "default")} | rope
-    _refuse(raw | {k: v for k, v in rope.items() if k != "type"}, path)
-    value = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-             "tie_word_embeddings": False} | raw
-    value["rope_theta"] = rope.get("rope_theta", value["rope_theta"])
+        raise UserError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
+    value = DEFAULTS | raw | {"rope_type": rope.get("type", "default")} | rope
+    if isinstance(value.get("layer_types"), list):                # of all layers: which there are
+        value["layer_types"] = sorted(set(map(str, value["layer_types"])))
+    for key, implemented in IMPLEMENTED.items():
+        found = value.get(key)
+        if found not in implemented:
+            raise UserError(f"{path}: {key} is {str(found)[:60]!r}, but implemented is only "
+                            f"{' or '.join(map(str, implemented))}")
+    d = _positive(path, raw, "hidden_size", int)
+    h = _positive(path, raw, "num_attention_heads", int)
+    h_kv = value["num_key_value_heads"] = raw.get("num_key_value_heads") or h
+    value["head_dim"] = raw.get("head_dim") or d // h
+    for field in fields(Config):
+        if field.type in (int, float):
+            _positive(path, value, field.name, field.type)
+    if h % h_kv or value["head_dim"] % 2:
+        raise UserError(f"{path}: num_key_value_heads={h_kv} must divide num_attention_heads={h}, "
+                        f"and head_dim={value['head_dim']} must be even")
     value["rope_scaling"] = None
-    if rope["rope_type"] == "llama3":
-        value["rope_scaling"] = {key: rope.get(key) for key in LLAMA3}
-    for key, kind in ((field.name, field.type) for field in fields(Config)):
-        if value.get(key) is None and key == "num_key_value_heads":
-            value[key] = value["num_attention_heads"]
-        if value.get(key) is None and key == "head_dim":
-            value[key] = value["hidden_size"] // value["num_attention_heads"]
-        _check_number(path, key, value.get(key), kind)
-    for key, number in (value["rope_scaling"] or {}).items():
-        _check_number(path, key, number, float)
-    eos = value.get("eos_token_id")                               # null, an id, or several
-    value["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None)
-    if any(type(x) is not int for x in value["eos_token_id"]):
-        raise ValueError(f"{path}: eos_token_id is {eos!r}, expected ids, an id or null")
-    if value["num_attention_heads"] % value["num_key_value_heads"] or value["head_dim"] % 2:
-        raise ValueError(f"{path}: num_key_value_heads={value['num_key_value_heads']} must divide "
-                         f"num_attention_heads={value['num_attention_heads']}, and "
-                         f"head_dim={value['head_dim']} must be even")
+    if value["rope_type"] == "llama3":
+        value[ORIGINAL] = raw.get(ORIGINAL, rope.get(ORIGINAL, value["max_position_embeddings"]))
+        value["rope_scaling"] = {key: _positive(path, value, key, float) for key in LLAMA3}
+    generation = path.with_name("generation_config.json")
+    value["eos_token_id"] = _end_ids(generation) or _end_ids(path)
     return Config(**{field.name: value[field.name] for field in fields(Config)})
 
 
-def _check_number(path: Path, key: str, value: object, kind: type) -> None:
-    wrong = kind in (int, float) and (type(value) not in {int, kind} or not 0 < value < math.inf)
-    if wrong or kind is bool and type(value) is not bool:
-        name = "true or false" if kind is bool else f"a positive {kind.__name__}"
-        raise ValueError(f"{path}: {key} is {value!r}, expected {name}")
+def _positive(path, value, key, kind):
+    """value[key]; UserError, naming both, unless it is a positive number of that kind."""
+    x = value.get(key)
+    if type(x) not in (int, kind) or not 0 < x < math.inf:
+        raise UserError(f"{path}: {key} is {x!r}, expected a positive {kind.__name__}")
+    return x
 
 
-def _refuse(raw: dict, path: Path) -> None:
-    """Whatever changes the forward and is not implemented, by name."""
-    layers = raw.get("layer_types")
-    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    implemented = {
-        "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"),
-        "partial_rotary_factor": (1,), "rope_interleaved": (False,), "hidden_act": ("silu",),
-        "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (),
-        "num_experts": (), "num_local_experts": (), "n_routed_experts": (),
-        "sliding_window": (raw.get("sliding_window"),) * (raw.get("use_sliding_window") is False),
-        "layer_types": (layers,) * full,
-    }
-    for key, values in implemented.items():
-        value = raw.get(key)
-        if value not in values and (value is not None or key == "model_type"):
-            raise ValueError(f"{path}: {key} = {str(value)[:60]} changes the forward and is not "
-                             f"implemented (what is: {', '.join(map(str, values)) or 'none'})")
+def _end_ids(path):
+    """eos_token_id of a JSON file, which is null, an id, or several; none without the file."""
+    if not path.exists():
+        return ()
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if any(type(x) is not int for x in ids):
+        raise UserError(f"{path}: eos_token_id is {ids}, expected ids, an id or null")
+    return tuple(ids)
 
 
 # ---------------------------------------------------------------------------- the forward
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; in float32 up to the weight."""
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; nn.RMSNorm but for one rounding.
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+    As in transformers, the mean is float32 and the quotient is rounded to x's dtype before the
+    weight multiplies it.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """x (..., width) -> (..., width), in x's dtype."""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +189,13 @@ def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     blends linearly between the two.
     """
     d_h, scaling = config.head_dim, config.rope_scaling
-    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, d_h, 2, device=positions.device) / d_h)
+    pair = torch.arange(0, d_h, 2, device=positions.device)       # (d_h / 2,) 2j
+    inv_freq = 1.0 / config.rope_theta ** (pair / d_h)
     if scaling:
-        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        factor, low, high, original = (scaling[key] for key in LLAMA3)
+        turns = original * inv_freq / (2 * math.pi)               # of the angle, within original
         keep = ((turns - low) / (high - low)).clamp(0, 1)         # (d_h / 2,) 1 = unchanged
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
     angle = positions[..., None, None].float() * inv_freq         # (..., t, 1, d_h / 2)
     angle = torch.cat((angle, angle), dim=-1)                     # both halves turn alike
     return angle.cos(), angle.sin()
@@ -166,57 +210,66 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def score_dtype(x: Tensor) -> torch.dtype:
     """What Q, K and V are in for softmax(Q K^T) V, and in the cache: x's dtype on a GPU.
 
-    On a CPU float32: bf16 takes twice the time there, most of it in the backward pass.
+    On a CPU float32: bf16 takes twice the time there, most of it in the backward pass. So a bf16
+    checkpoint has two right answers, one of a CPU and one of a GPU.
     """
     return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
+Linear = partial(nn.Linear, bias=False)  # weight (out, in), as in the checkpoint
+
+
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d_h)) V with h query heads on h_kv key and value heads, then W_O."""
+    """softmax(Q K^T / sqrt(d_h)) V, then W_O; query head j reads K/V head j // (h / h_kv)."""
 
     def __init__(self, config: Config):
         super().__init__()
         d, d_h = config.hidden_size, config.head_dim
-        self.d_h = d_h
-        self.q_proj = nn.Linear(d, config.num_attention_heads * d_h, bias=False)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * d_h, bias=False)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * d_h, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * d_h, d, bias=False)
+        d_q = config.num_attention_heads * d_h
+        d_kv = config.num_key_value_heads * d_h
+        self.q_proj = Linear(d, d_q)
+        self.k_proj = Linear(d, d_kv)
+        self.v_proj = Linear(d, d_kv)
+        self.o_proj = Linear(d_q, d)
+        self.by_head = (-1, d_h)                                  # (heads d_h) as two axes
+        self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":  # one weight (d_h,) shared by all heads, before RoPE
             self.q_norm = RMSNorm(d_h, config.rms_norm_eps)
             self.k_norm = RMSNorm(d_h, config.rms_norm_eps)
-        self.qk_norm = config.model_type == "qwen3"
 
-    def forward(self, x: Tensor, rope: tuple, attend: Tensor | None, kv: Tensor | None = None,
-                start: int = 0) -> Tensor:
+    def forward(self, x, rope, attend, kv, start):
         """x (b, t, d) -> (b, t, d). rope: cos and sin of `rope_angles`; attend: see `Transformer`.
 
         kv and start: see `keys_values`.
         """
-        b, t, _ = x.shape
         k, v = self.keys_values(x, rope, kv, start)               # (b, h_kv, start + t, d_h)
-        q = self.q_proj(x).view(b, t, -1, self.d_h)               # (b, t, h, d_h)
-        q = rotate(self.q_norm(q) if self.qk_norm else q, *rope).transpose(1, 2)
-        y = F.scaled_dot_product_attention(                       # (b, h, t, d_h)
-            q.to(v.dtype), k, v, attn_mask=attend, is_causal=attend is None and t > 1,
-            enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1).to(x.dtype))  # (b, t, d)
+        q = self.q_proj(x).unflatten(2, self.by_head)             # (b, t, h, d_h)
+        q = rotate(self.q_norm(q), *rope)
+        q = q.transpose(1, 2).to(v.dtype)                         # (b, h, t, d_h)
+        causal = attend is None and not start
+        y = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(2)                          # (b, t, h d_h)
+        return self.o_proj(y.to(x.dtype))                         # (b, t, d)
 
-    def keys_values(self, x: Tensor, rope: tuple, kv: Tensor | None, start: int) -> tuple:
+    def keys_values(self, x, rope, kv, start):
         """K and V of x (b, t, d), both (b, h_kv, t, d_h); with kv, of `Cache`, after those before.
 
         In `score_dtype`. rope: cos and sin of `rope_angles`. kv: where K and V of `start` earlier
         tokens are, and the new ones go.
         """
-        b, t, _ = x.shape
-        k = self.k_proj(x).view(b, t, -1, self.d_h)               # (b, t, h_kv, d_h)
-        v = self.v_proj(x).view(b, t, -1, self.d_h)
-        k = rotate(self.k_norm(k) if self.qk_norm else k, *rope)
-        k, v = (y.transpose(1, 2).to(score_dtype(x)) for y in (k, v))
+        k = self.k_proj(x).unflatten(2, self.by_head)             # (b, t, h_kv, d_h)
+        v = self.v_proj(x).unflatten(2, self.by_head)
+        k = rotate(self.k_norm(k), *rope)
+        k = k.transpose(1, 2).to(score_dtype(x))                  # (b, h_kv, t, d_h)
+        v = v.transpose(1, 2).to(score_dtype(x))
+        if kv is None and start:
+            raise ValueError("z keeps an attention that the cache was not made for; only with "
+                             "keep_kv may z change")
         if kv is None:
             return k, v
-        kv[0, :, :, start:start + t], kv[1, :, :, start:start + t] = k, v
-        return tuple(kv[:, :, :, :start + t])
+        end = start + x.shape[1]
+        kv[..., start:end, :] = torch.stack((k, v))
+        return tuple(kv[..., :end, :])
 
 
 class FFN(nn.Module):
@@ -225,11 +278,11 @@ class FFN(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=False)
-        self.up_proj = nn.Linear(d, f, bias=False)
-        self.down_proj = nn.Linear(f, d, bias=False)
+        self.gate_proj = Linear(d, f)
+        self.up_proj = Linear(d, f)
+        self.down_proj = Linear(f, d)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """x (b, t, d) -> (b, t, d)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -239,9 +292,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(d, eps)
         self.mlp = FFN(config)
 
 
@@ -256,11 +310,6 @@ class Cache:
     z: Tensor | None         # the z that `generate` runs
     longest: int             # room, in tokens
     length: int = 0          # tokens that it holds
-
-    @property
-    def bytes(self) -> int:
-        """Memory of K and V, allocated once for `longest` tokens."""
-        return sum(kv.nbytes for kv in self.kv if kv is not None)
 
 
 class Transformer(nn.Module):
@@ -277,44 +326,45 @@ class Transformer(nn.Module):
             "norm": RMSNorm(d, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(d, v, bias=False)
+            self.lm_head = Linear(d, v)
 
     def forward(self, tokens: Tensor, z: Tensor | None = None, cache: Cache | None = None,
                 positions: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
         """Hidden states (b, t, d) after the last norm; `head` makes logits of those one needs.
 
-        tokens (b, t) integers. z None: the dense model. z boolean (B,): block i runs where z_i is
-        true; a skipped one launches nothing (Sec. 3.1, inference). z float (B,) or (b, B):
-        multiplies each block's output before the residual addition; gradients reach z (training).
+        tokens (b, t) integers. z boolean or float, (B,) or (b, B): block i adds z_i times its
+        output, z_i rounded to the model's dtype; None is all ones, the dense model. Gradients
+        reach z (training). A block whose z is 0 for all texts launches nothing (Sec. 3.1), and its
+        z gets no gradient. To see which these are costs no wait for a GPU if z is on the CPU.
         cache: of `new_cache`; tokens follow those that it holds, and are added to it.
         positions (b, t), by default from 0, or from the cache's end, up. attend boolean, broadcast
         to (b, h, t, all tokens): query row may see key column; by default causal. Padding on the
         right needs no `attend`.
-        Raises ValueError for a z of another shape, and for a cache that is full or has no place
-        for an attention that z keeps.
+        Raises ValueError for a z of another shape, a full cache, and an attention that z keeps and
+        the cache does not.
         Deviates: the paper still computes K and V of a skipped attention for its cache; here that
         is keep_kv. With one z per sequence nothing ever reads them, so they are skipped too.
         """
         b, t = tokens.shape
-        keep, soft = self._gates(z, b)
-        kv, start = (cache.kv, cache.length) if cache else ([None] * len(self.model.layers), 0)
-        if cache:
-            self._check_room(cache, keep, t)
+        keep, gates = self._gates(z, b)
+        kv, start = (cache.kv, cache.length) if cache else ([None] * self.B, 0)
+        if cache and start + t > cache.longest:
+            raise ValueError(f"{start} + {t} tokens do not fit a cache of {cache.longest}")
         if positions is None:
             positions = torch.arange(start, start + t, device=tokens.device)
-        if attend is None and start and t > 1:                    # causal, and all that came before
+        if attend is None and start and t > 1:                    # causal after what is cached
             attend = torch.ones(t, start + t, dtype=torch.bool, device=tokens.device).tril(start)
         x = self.model.embed_tokens(tokens)                       # (b, t, d)
         rope = rope_angles(self.config, positions)
         for i, layer in enumerate(self.model.layers):
             if keep[2 * i]:
                 y = layer.self_attn(layer.input_layernorm(x), rope, attend, kv[i], start)
-                x = x + y if soft is None else torch.addcmul(x, soft[2 * i], y)
+                x = torch.addcmul(x, gates[2 * i], y)             # x + z_2i Attn(norm x)
             elif kv[i] is not None:                               # keep_kv
                 layer.self_attn.keys_values(layer.input_layernorm(x), rope, kv[i], start)
             if keep[2 * i + 1]:
                 y = layer.mlp(layer.post_attention_layernorm(x))
-                x = x + y if soft is None else torch.addcmul(x, soft[2 * i + 1], y)
+                x = torch.addcmul(x, gates[2 * i + 1], y)         # x + z_2i+1 FFN(norm x)
         if cache:
             cache.length += t
         return self.model.norm(x)
@@ -326,32 +376,23 @@ class Transformer(nn.Module):
         keep_kv: the paper's rule (Sec. 3.1), K and V of every attention. Only with it may z change
         between two calls; for a fixed z it costs time and memory, and changes nothing.
         """
-        config, weight, (keep, _) = self.config, self.head_weight, self._gates(z, b)
+        config, weight = self.config, self.head_weight
         shape = (2, b, config.num_key_value_heads, longest, config.head_dim)
-        kv = [torch.empty(shape, dtype=score_dtype(weight), device=weight.device)
-              if keep_kv or kept else None for kept in keep[0::2]]
+        keep, _ = self._gates(z, b)
+        kv = [None] * config.num_hidden_layers
+        for i in range(config.num_hidden_layers):
+            if keep_kv or keep[2 * i]:
+                kv[i] = weight.new_empty(shape, dtype=score_dtype(weight))
         return Cache(kv, z, longest)
 
-    @staticmethod
-    def _check_room(cache: Cache, keep: list[bool], t: int) -> None:
-        """ValueError unless t tokens fit, and every attention of `keep` has its place."""
-        if cache.length + t > cache.longest:
-            raise ValueError(f"{cache.length} + {t} tokens do not fit a cache of {cache.longest}")
-        if any(kept and kv is None for kept, kv in zip(keep[0::2], cache.kv, strict=True)):
-            raise ValueError("z keeps an attention that the cache was not made for; only with "
-                             "keep_kv may z change")
-
-    def _gates(self, z: Tensor | None, b: int) -> tuple[list[bool], Tensor | None]:
-        """Which blocks run, and for a soft z its columns (B, b or 1, 1, 1) in the model's dtype."""
-        if z is None:
-            return [True] * self.B, None
-        if z.dtype == torch.bool and z.shape == (self.B,):
-            return z.tolist(), None
-        if z.is_floating_point() and z.shape in ((self.B,), (b, self.B)):
-            soft = z.to(self.model.norm.weight).view(-1, self.B)
-            return [True] * self.B, soft.T[:, :, None, None]
-        raise ValueError(f"z is {z.dtype} {tuple(z.shape)}, expected bool ({self.B},) "
-                         f"or float ({self.B},) or ({b}, {self.B})")
+    def _gates(self, z, b):
+        """Which of the B blocks run, and the z of each, (b or 1, 1, 1) in the model's dtype."""
+        z = torch.ones(self.B) if z is None else z
+        if z.shape not in ((self.B,), (b, self.B)):
+            raise ValueError(f"z is {tuple(z.shape)}, expected ({self.B},) or ({b}, {self.B})")
+        z = z.reshape(-1, self.B)                                 # (b or 1, B)
+        columns = z.to(self.model.norm.weight).T[..., None, None]
+        return z.any(0).tolist(), columns.unbind()
 
     @property
     def head_weight(self) -> Tensor:
@@ -365,106 +406,102 @@ class Transformer(nn.Module):
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompt: list[int], cache: Cache, temperature: float = 0.0,
-             generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yields the ids that follow `prompt`, one at a time, up to EOS, which is the last of them.
+def generate(model: Transformer, prompt: list[int], cache: Cache) -> Iterator[int]:
+    """Yields the likeliest id after `prompt`, then after both, up to EOS, which is the last.
 
     cache: empty, for one sequence; its z gates every block of prompt and text alike (Eq. 10), and
     both together get cache.longest tokens at most. Raises ValueError for a longer prompt.
-    temperature 0: the likeliest token. Above: drawn from softmax(logits / temperature) by
-    generator, on the CPU. The first id costs the prompt's forward (prefill), each further one a
-    forward of one token (decode).
+    Ties go to the lowest id. The first id costs the prompt's forward (prefill), each further one
+    a forward of one token (decode).
     """
     tokens, device = prompt, model.head_weight.device
     while True:
         hidden = model(torch.tensor([tokens], device=device), cache.z, cache)
-        logits = model.head(hidden[0, -1]).float().cpu()          # (v,)
-        if temperature > 0:
-            p = torch.softmax(logits / temperature, -1)
-            tokens = [int(torch.multinomial(p, 1, generator=generator))]
-        else:
-            tokens = [int(logits.argmax())]
-        yield tokens[0]
-        if tokens[0] in model.config.eos_token_id or cache.length + 1 >= cache.longest:
+        token = int(model.head(hidden[0, -1]).argmax())
+        yield token
+        if token in model.config.eos_token_id or cache.length + 1 >= cache.longest:
             return
+        tokens = [token]
 
 
 # ---------------------------------------------------------------------------- weights
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file: by the index where there is one, else by the files' own headers."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+def _read(folder, device, dtype):
+    """Tensor name -> the tensor on `device` in `dtype`; on "meta" its shape, from a file's header.
+
+    As in transformers: model.safetensors goes before an index, an index only says which files
+    there are, and of two tensors of one name the later file's counts.
+    """
+    index, paths = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.exists() and not paths[0].exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map; download it again")
-        for file in set(map(str, weight_map.values())):
-            if Path(file).name != file or not (folder / file).is_file():
-                raise ValueError(f"{index} names {file}, which is no file of {folder}")
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    return {name: path for path in files for name in _shapes(path)}
+            raise UserError(f"{index} has no weight_map; download it again")
+        paths = [folder / file for file in sorted(set(map(str, weight_map.values())))]
+    tensors, meta = {}, device == "meta"
+    for path in paths:
+        if path.parent != folder:
+            raise UserError(f"{index} names {path}, which is no file of {folder}")
+        try:
+            with safe_open(path, framework="pt", device="cpu" if meta else device) as f:
+                for name in f.keys():
+                    x = f.get_slice(name)
+                    if x.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+                        raise UserError(f"{path}: {name} is {x.get_dtype()}, and quantised "
+                                        "weights are not implemented")
+                    shape = x.get_shape()
+                    tensors[name] = torch.empty(shape, device=device) if meta else x[:].to(dtype)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path} cannot be read ({e}); download it again") from None
+    return tensors
 
 
-def _shapes(path: Path) -> dict[str, tuple]:
-    """Tensor name -> (shape, dtype) from a safetensors header, without reading a weight."""
+def _fill(model, folder, tensors):
+    """The model's parameters become `tensors`; UserError unless each has one, and it fits.
+
+    Left aside are inv_freq of old checkpoints, and a tied model's lm_head.weight if it equals the
+    embedding, whose other name it is.
+    """
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        embedding = tensors.setdefault("model.embed_tokens.weight", head)
+        if not head.is_meta and not torch.equal(head, embedding):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json "
+                            "ties the two; set tie_word_embeddings to false there")
     try:
-        with safe_open(path, framework="pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); download it again") from None
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        what = " ".join(str(e).split())[:500]
+        raise UserError(f"{folder}: the weights do not fit config.json: {what}") from None
 
 
 def check_weights(folder: str | Path) -> Transformer:
     """The Transformer of config.json on the "meta" device, without memory, if the weights fit it.
 
-    Names, shapes and dtypes are read from the headers; no weight is. A tied model's duplicate
-    lm_head and the rotary_emb.inv_freq of old checkpoints are left aside.
-    Raises ValueError for missing, unexpected, misshaped or quantised tensors; names at most five.
+    Names, shapes and dtypes are read from the headers; no weight is.
+    Raises UserError, by name, for missing, unexpected, misshaped or quantised tensors.
     """
     folder = Path(folder)
-    config, files = read_config(folder), _weight_files(folder)
-    L = sum(name.endswith(".input_layernorm.weight") for name in files)
-    if L < config.num_hidden_layers:
-        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is "
-                         f"{config.num_hidden_layers}, but the weights are those of {L} layers")
+    config, tensors = read_config(folder), _read(folder, "meta", None)
+    if config.num_hidden_layers > len(tensors):                   # before as many are made
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers is "
+                        f"{config.num_hidden_layers}, but there are {len(tensors)} tensors")
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {name: list(p.shape) for name, p in model.named_parameters()}
-    held = {path: _shapes(path) for path in set(files.values())}
-    tied = config.tie_word_embeddings
-    wrong = [f"unexpected {name}" for name in files if name not in wanted
-             and not (tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))]
-    for name, shape in wanted.items():
-        found, kind = held.get(files.get(name), {}).get(name, (None, None))
-        if found is None:
-            wrong.append(f"missing {name}")
-        elif found != shape:
-            wrong.append(f"{name} is {found}, expected {shape}")
-        elif kind not in ("BF16", "F16", "F32", "F64"):
-            wrong.append(f"{name} is {kind}, and quantised weights are not implemented")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the weights in {folder} do not fit its config.json: "
-                         f"{'; '.join(wrong[:5])}{more}")
+    _fill(model, folder, tensors)
     return model
 
 
 def load(folder: str | Path, device: str, dtype: torch.dtype) -> Transformer:
     """The frozen Transformer of a checkpoint folder, each tensor read onto `device` in `dtype`.
 
-    Raises ValueError as `check_weights` does, before a weight is read.
+    Raises UserError as `check_weights` does, before a weight is read; and for a tied model whose
+    files hold a head that is not the embedding.
     """
-    model, files, tensors = check_weights(folder), _weight_files(Path(folder)), {}
-    wanted = [name for name, _ in model.named_parameters()]
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt", device=str(device)) as f:
-            mine = [name for name in wanted if files[name] == path]
-            tensors |= {name: f.get_tensor(name).to(dtype) for name in mine}
-    model.load_state_dict(tensors, assign=True)
+    model = check_weights(folder)
+    _fill(model, folder, _read(Path(folder), str(device), dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -481,14 +518,15 @@ def flops(config: Config, t: int, z: Tensor | None = None, skipped_attention: st
     """
     if skipped_attention not in ("free", "table2"):
         raise ValueError(f"skipped_attention is {skipped_attention!r}, expected 'free' or 'table2'")
-    d, d_q = config.hidden_size, config.num_attention_heads * config.head_dim
+    d, L = config.hidden_size, config.num_hidden_layers
+    d_q = config.num_attention_heads * config.head_dim
     d_kv = config.num_key_value_heads * config.head_dim
+    if z is None:
+        z = torch.ones(2 * L)
+    n_attention, n_ffn = int(z[0::2].sum()), int(z[1::2].sum())
+    n_qkv = L if skipped_attention == "table2" else n_attention
     qkv = 2 * t * d * (d_q + 2 * d_kv)
     scores_and_o = 4 * t * t * d_q + 2 * t * d_q * d              # QK^T and AV, then W_O
     ffn = 6 * t * d * config.intermediate_size
-    L = config.num_hidden_layers
-    n_attention = L if z is None else int(z[0::2].sum())
-    n_ffn = L if z is None else int(z[1::2].sum())
-    n_qkv = L if skipped_attention == "table2" else n_attention
     head = 2 * t * d * config.vocab_size
     return n_qkv * qkv + n_attention * scores_and_o + n_ffn * ffn + head
