@@ -27,13 +27,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "embedded: needs the embedded default's files")
-
-
-def pytest_collection_modifyitems(config, items):
-    wanted = config.getoption("--embedded")
-    left_out = [item for item in items if item.get_closest_marker("embedded") and not wanted]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    option = config.option
+    if not option.embedded:
+        option.markexpr = option.markexpr or "not embedded"
 
 
 def make_reference(family: str, tied: bool = False, seed: int = 0, **sizes):
@@ -118,7 +114,7 @@ ROWS = {
     "arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
                  "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
     "arc_challenge": {"question": "Q", "answerKey": " E",
-                      "choices": {"text": list("vwxyz"), "label": list("ABCDE")}},
+                      "choices": {"text": list("vwxyz"), "label": list("ABCDE")}}
 }
 
 
