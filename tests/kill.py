@@ -1,88 +1,84 @@
-"""Kills a small run with SIGKILL at random moments; the same command must then end the same.
+"""Kills a small run with SIGKILL, early and late; the same command must then end the same.
 
-Run:  python tests/kill.py [number of kills]    (20 if not given; under a minute)
-Each time a fresh run folder: kill, run again to the end, and compare the routers byte by byte and
-results.json value by value (but for times) with those of a run that nothing disturbed. The models
-are tiny and made here.
+Run:  OMP_NUM_THREADS=1 python tests/kill.py [number of kills]    (20 if not given; not on Windows)
+Each time a fresh run folder: kill, run again to the end, and compare every file (but for what a
+clock measured) with those of a run that nothing disturbed. The models are tiny and made here.
 """
-import contextlib
 import json
 import multiprocessing
-import random
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from conftest import make_home
+from safetensors.torch import load_file
 
 import hub
 import igp
 
-TIMES = ("seconds", "peak_memory_bytes", "training_tokens_per_second", "sha256", "out")
+TIMES = ("seconds", "out")
+COMMAND = ("--model {root}/model --tasks-dir {root}/tasks --calibration wikipedia --clusters 3 "
+           "--samples 60 --dtype float32 --sparsity 0.34 --method dense,static,igp,sleb,evopress "
+           "--out {out}")
 
 
-def child(cache: Path, argv: list[str]) -> None:
+def child(out):
     """The command line in a process of its own, silent; exits with its status."""
-    hub.CACHE = cache
-    with open("/dev/null", "w") as null, contextlib.redirect_stdout(null), \
-            contextlib.redirect_stderr(null):
-        status = igp.main(argv)
-    sys.exit(status)
+    hub.CACHE = out.parent / "cache"
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(igp.main(COMMAND.format(root=out.parent, out=out).split()))
 
 
-def without_times(value):
-    """value without what a clock measured."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+def run(out, seconds=None):
+    """Whether a run ends well, killed after so many seconds if it still runs; None: never."""
+    process = multiprocessing.Process(target=child, args=(out,))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode == 0
 
 
-def state(folder: Path) -> list:
-    """What must not depend on kills."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("samples-*.jsonl")])
-    results = json.loads((folder / "results.json").read_text())
-    return [*((path.name, path.read_bytes()) for path in files), without_times(results)]
+def untimed(fields):
+    """fields without what a clock measured."""
+    return {key: value for key, value in fields.items() if key not in TIMES}
 
 
-def main() -> int:
-    """Prints a line a kill; returns 1 unless all runs end the same."""
-    kills, rng = int((sys.argv[1:] or [20])[0]), random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["igp", "sentence_transformers"])
-    with tempfile.TemporaryDirectory() as root:
-        root = Path(root)
-        cache, same, landed = make_home(root), 0, 0
+def content(path):
+    """What must not depend on kills: a file's bytes; its values where one of them is a time."""
+    if path.suffix == ".json":
+        return json.loads(path.read_bytes(), object_hook=untimed)
+    tensors = load_file(path) if path.suffix == ".safetensors" else {}
+    if "seconds" in tensors:                                      # a mask, but not a router
+        return {name: x.tolist() for name, x in untimed(tensors).items()}
+    return path.read_bytes()
 
-        def run(name: str, seconds: float | None) -> int:
-            argv = ["--model", str(root / "model"), "--calibration", "wikipedia", "--preset",
-                    "demo", "--clusters", "3", "--samples", "60", "--dtype", "float32",
-                    "--method", "dense,static,igp,sleb,evopress", "--sparsity", "0.34",
-                    "--tasks-dir", str(root / "tasks"), "--log-samples", "--out", str(root / name)]
-            process = context.Process(target=child, args=(cache, argv))
-            process.start()
-            process.join(seconds)
-            process.kill()
-            process.join()
-            return process.exitcode
 
-        assert run("warm", None) == 0
+def state(folder):
+    """Name -> content of every file of a run; all names of files have a dot, no folder's has."""
+    return {path.relative_to(folder): content(path) for path in folder.rglob("*.*")}
+
+
+def main():
+    """Prints a line a kill; returns the exit status: True (1) unless all runs end the same."""
+    [kills], same = map(int, sys.argv[1:] or [20]), 0
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["igp", "sentence_transformers"])
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_home(root)
+        run(root / "warm")
         start = time.perf_counter()
-        assert run("whole", None) == 0
+        assert run(root / "whole")
         whole, wanted = time.perf_counter() - start, state(root / "whole")
         for i in range(kills):
-            name = f"run{i}"
-            while (moment := rng.uniform(0, whole)) and run(name, moment) == 0:
-                name += "x"                                       # it had ended before the kill
-            landed += 1
-            files = sorted(path.name for path in (root / name).glob("*.*"))
-            ended = run(name, None) == 0 and state(root / name) == wanted
-            same += ended
-            print(f"killed after {moment:4.1f} of {whole:.1f} s, left "
-                  f"{len(files)} files: {'the same' if ended else 'NOT THE SAME'}",
-                  flush=True)
-    print(f"{same} of {landed} killed runs ended with identical routers and results")
-    return int(same < kills)
+            out, moment = root / f"run{i}", whole * (i + 0.5) / kills
+            run(out, moment)
+            same += run(out) and state(out) == wanted
+            print(f"killed after {moment:4.1f} of {whole:.1f} s; {same} of {i + 1} ended the same")
+    return same < kills
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""study.py: every recipe runs, and the controls are what they say, on tiny models."""
+"""study.py: its training is igp's, a swap finds the better mask, controls and mixes by hand."""
 import argparse
 import json
 
@@ -6,98 +6,75 @@ import numpy as np
 import pytest
 import study
 import torch
-from conftest import ROWS, make_tokenizer
 
+import evaluate
 import hub
 import igp
 import model as llm
-import router as routing
+from run import parse
 
-B = 6
-TEXTS = [[5, 9, 11, 3, 40, 7], [7, 20, 21], list(range(30, 50)), [1, 2, 3, 4], [9, 8, 7, 6, 5]]
+TEXTS = [[5, 9, 11, 3, 40, 7], [7, 20, 21], [30, 31, 32, 33, 34, 35, 36], [1, 2], [9, 8, 7]]
+COST = torch.full((6,), 1 / 6)
 
 
 @pytest.fixture
 def model(checkpoint):
-    return llm.load(checkpoint("llama")[0], "cpu", torch.float32)
-
-
-def test_every_recipe_trains_a_mask_that_skips_the_target(model, monkeypatch):
-    monkeypatch.setattr(igp, "WIDTH", 2)
-    monkeypatch.setattr(igp, "SWAPPED", 3)
-    monkeypatch.setitem(igp.PRESETS, "demo", igp.PRESETS["demo"] | {
-        "samples": 40, "clusters": 1, "length": 12})
-    args = igp.parse(["--sparsity", "0.34"])
-    draw, drawn, swap, swaps = igp.draw, [], igp.swap, []
-    monkeypatch.setattr(igp, "swap", lambda *given: swaps.append(given[2]) or swap(*given))
-    monkeypatch.setattr(igp, "draw", lambda texts, n, *rest: drawn.append(n) or draw(
-        texts, n, *rest))
-    train_mask, starts = igp.train_mask, []
-    monkeypatch.setattr(igp, "train_mask", lambda model, mask, *rest: (
-        starts.append(mask["log_alpha"][0].item()), train_mask(model, mask, *rest)))
-    default = study.train(model, TEXTS, args, study.RECIPES["default"], 0)
-    before = igp.sample_u, igp.lagrangian
-    for name, recipe in study.RECIPES.items():
-        swaps.clear()
-        starts.clear()
-        z = study.train(model, TEXTS, args, recipe, 0)
-        assert (~z).sum() == 2, name
-        if "share" in recipe:
-            assert drawn[-1] == recipe["share"] * drawn[0]
-        assert len(swaps) == recipe.get("swaps", 1), name
-        assert all(len(x) == 3 for x in swaps)
-        assert recipe.get("start") in (None, starts[0])
-    assert before == (igp.sample_u, igp.lagrangian)
-    assert torch.equal(default, study.train(model, TEXTS, args, {}, 0))
-
-
-def test_controls_are_recomputed_by_hand(checkpoint, encoder, tmp_path, monkeypatch, capsys):
     folder, _ = checkpoint("llama")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    monkeypatch.setattr(hub, "encoder_folder", lambda: encoder)
-    rng, texts = np.random.default_rng(0), tmp_path / "texts.jsonl"
-    words = [[f"w{i}" for i in rng.integers(0, 80, rng.integers(5, 30))] for _ in range(60)]
-    texts.write_text("\n".join(json.dumps({"text": " ".join(x)}) for x in words))
-    out = tmp_path / "run"
-    assert igp.main(["--model", str(folder), "--calibration", str(texts), "--clusters", "2",
-                     "--samples", "8", "--length", "12", "--sparsity", "0.3", "--out", str(out),
-                     "--preset", "demo", "--dtype", "float32", "--method", "igp,static"]) == 0
-    router = routing.load(out / "router.safetensors")
-    router.z[:] = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()
-    routing.save(router, out / "router.safetensors")
-    for task, row in ROWS.items():
-        (tmp_path / f"{task}.jsonl").write_text("\n".join([json.dumps(row)] * 2))
-    capsys.readouterr()
-    study.controls(argparse.Namespace(run=str(out), tasks_dir=str(tmp_path), limit=2))
-    printed = capsys.readouterr().out
-    model = llm.load(folder, "cpu", torch.float32)
-    args = argparse.Namespace(**json.loads((out / "results.json").read_text())["arguments"])
-    _, _, chosen, judging = study.opened(args)
-    table = np.array([[study.losses(model, z, [x["tokens"]])[0] for x in judging]
-                      for z in router.z])
-    n = sum(len(x["tokens"]) - 1 for x in judging)
-    e = routing.encode(routing.open_encoder(encoder, "cpu", torch.float32),
-                       [x["text"] for x in judging])
-    k = ((e[:, None] - router.mu.numpy()) ** 2).sum(2).argmin(1)
-    best = np.argmin([sum(study.losses(model, z, [x["tokens"] for x in chosen]))
-                      for z in router.z])
-    for name, total in (("nearest centroid (Eq. 9)", sum(table[k, range(len(k))])),
-                        (f"best single mask ({best})", table[best].sum()),
-                        ("random mask, in expectation", table.mean(0).sum()),
-                        ("oracle: the best mask of each text", table.min(0).sum())):
-        assert f"| {name} | {np.exp(total / n):.2f} |" in printed
-    for i, total in enumerate(table.sum(1)):                      # Fig. 1
-        assert f"\n| {i} | {np.exp(total / n):.2f} | " in printed.split("| mask | perplexity |")[1]
-    gap = (table.mean(0) - table[best]).mean() / (n / len(judging))
-    assert f" | {gap:+.4f} ± " in printed and " | +0.0000 ± 0.0000 |" in printed
-    assert "| static: N = 1, all tokens |" in printed and "Perplexity by cluster" in printed
+    return llm.load(folder, "cpu", torch.float32)
 
 
-def test_mixes_hold_as_many_texts_of_each_source(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("\n".join(f"a{i}" for i in range(7)))
-    (tmp_path / "b.txt").write_text("\n".join(f"b{i}" for i in range(5)))
-    sources = [str(tmp_path / "a.txt"), "code", str(tmp_path / "b.txt")]
-    study.mix(argparse.Namespace(file=str(tmp_path / "mix.jsonl"), sources=sources))
-    rows = hub.calibration_texts(str(tmp_path / "mix.jsonl"), None)
-    assert [x["topic"] for x in rows] == ["a"] * 5 + ["code"] * 5 + ["b"] * 5
-    assert len({x["text"] for x in rows}) == 15 and "5 texts of each" in capsys.readouterr().out
+def test_the_default_is_igps_training_and_other_variants_are_not(model):
+    recipe = igp.Recipe(
+        0.34, COST, "paper",
+        0.2, 0.1, 2, 2)
+    found = []
+    for variant in study.RECIPES.values():
+        generator = torch.Generator().manual_seed(0)
+        found.append(study.train_mask(model, TEXTS, recipe, variant, generator))
+    generator = torch.Generator().manual_seed(0)
+    wanted, _ = igp.train_mask(model, TEXTS, recipe, generator)
+    assert torch.equal(found[0], wanted)
+    assert len(torch.stack(found).unique(dim=0)) == 4             # t twice, and u
+
+
+def test_every_recipe_skips_the_target(model):
+    args = parse(["--sparsity=0.34", "--samples=8"])
+    for variant in study.RECIPES.values():
+        z = study.train(model, TEXTS, args, variant, 0)
+        assert (~z).sum() == 2
+
+
+def test_a_swap_from_either_side_finds_the_best_mask(model):
+    pairs = torch.combinations(torch.arange(6))                   # (15, 2) blocks that go
+    zs = torch.ones(15, 6).scatter(1, pairs, 0).bool()
+    losses = [evaluate.loss(model, z, TEXTS) for z in zs]
+    best = np.argmin(losses)                                      # blocks 1 and 2
+    starts = ([0.1, 1.0, -2.0, 0.5, 2.0, -0.3],
+              [0.5, 0.1, -0.3, 1.0, 2.0, -2.0])
+    for log_alpha in starts:
+        z = study.swap(model, torch.tensor(log_alpha), COST, 2 / 6, TEXTS)
+        assert torch.equal(z, zs[best])
+
+
+def test_controls_by_hand(tmp_path, capsys):
+    rows = [
+        {"name": "igp", "loglikelihood": [-2, -9], "tokens": [2, 3]},
+        {"name": "igp-mask-0", "loglikelihood": [-2, -12]},
+        {"name": "igp-mask-1", "loglikelihood": [-4, -9]},
+    ]
+    text = json.dumps({"rows": rows})
+    (tmp_path / "results.json").write_text(text)
+    study.controls(argparse.Namespace(run=tmp_path), [])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    losses = (11, 13, 13.5, 11)                                   # nearest, best, random, oracle
+    for line, x in zip(lines, losses, strict=True):
+        assert f" | {np.exp(x / 5):.2f} | {(x - 13) / 5:+.4f} ±" in line
+
+
+def test_a_mix_holds_as_many_texts_of_each_source(tmp_path):
+    a, b, file = (tmp_path / name for name in ("a.txt", "b.txt", "mix.jsonl"))
+    a.write_text("a1\na2\na3")
+    b.write_text("b1\nb2")
+    study.mix(argparse.Namespace(file=file, sources=[a, b]), [])
+    topics = [x["topic"] for x in hub.calibration_texts(file, None)]
+    assert topics == list("aabb")
