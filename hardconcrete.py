@@ -14,8 +14,9 @@ from torch import Tensor
 
 INV_BETA = 2 / 3                   # 1 / beta of Eq. 4, Table 5
 STRETCH_L, STRETCH_R = -0.1, 1.1   # l and r of Eq. 5, Table 5
-EPS = 1e-6                         # epsilon of Table 5: u stays inside [EPS, 1 - EPS]
-ROUNDING = 1e-6                    # of a sum of float32 costs that is 1 in all
+# Silent: what Table 5's epsilon is. As in the cited code, u stays inside [EPS, 1 - EPS].
+EPS = 1e-6
+ROUNDING = 1e-6                    # what a sum of float32 costs may fall short of its value
 
 # s = sigmoid(a logit(u) + b log_alpha), as (a, b).
 # Silent: which of the two Table 5's 1/beta = 2/3 means. "paper" is Eq. 4 as printed; "louizos" is
@@ -57,7 +58,8 @@ def prob_zero(log_alpha: Tensor, gate: str) -> Tensor:
 def lagrangian(t: Tensor, s_target: float, lambda_1: Tensor, lambda_2: Tensor) -> Tensor:
     """Eq. 7: L_s = lambda_1 (t - s_target) + lambda_2 (t - s_target)^2.
 
-    t and s_target are shares of blocks, 0-1. log_alpha descends on it, the lambdas ascend.
+    t and s_target are shares of blocks, or of their FLOPs, 0-1. log_alpha descends on it, the
+    lambdas ascend.
     Example: t = 0.5, s_target = 0.25, lambda_1 = 2, lambda_2 = 4 -> 0.5 + 0.25 = 0.75.
     """
     excess = t - s_target

@@ -7,8 +7,9 @@ Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Larg
 Left out: flags, inputs and the run folder (run.py); rival methods (baselines.py); sampled and
         batched generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts; b
-        texts in a step, w tokens of the longest, n predicted tokens; d width, v vocabulary. Here t
-        is the current sparsity of Eq. 7. z = 1 keeps a block, 0 skips it.
+        texts that run together, w tokens of the longest, n predicted tokens, m those of a part; d
+        width, v vocabulary. t is the current sparsity of Eq. 7, in `judged` a number of tokens.
+        z = 1 keeps a block, 0 skips it.
 Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 """
 import contextlib
@@ -51,7 +52,7 @@ NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a mask's training is given besides model and texts (Table 5)."""
+    """What a mask's training is given besides model and texts; the values are in run.SETTINGS."""
 
     s_target: float   # of Eq. 7
     cost: Tensor      # (B,) or (L,), of `gate_costs`
@@ -59,7 +60,7 @@ class Recipe:
     lr: float         # Adam's rate for log_alpha
     lr_lambda: float  # Adam's rate for lambda_1, lambda_2
     batch_size: int   # b
-    micro_batch: int  # texts that run at a time; changes nothing but memory and rounding
+    micro_batch: int  # texts of a step that run at a time; for memory, else only roundings differ
 
 
 def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
@@ -105,9 +106,11 @@ def lm_gradient(model: llm.Transformer, texts: list,
 
     texts: b lists of at least 2 token ids; z float32 (b, B), or (b, L) if layers, on the CPU. A
     text's own row of z multiplies its blocks. micro_batch texts run at a time, and their gradients
-    add up. Returns a float and a tensor like z. Only z gets a gradient, so that this costs two
-    forwards, not three, and a block whose z is 0 for all texts at hand none. Logits exist for
-    HEAD_ROWS positions at a time, never as a whole.
+    add up. Returns a float and a tensor like z. The weights are frozen: of the backward pass only
+    the half that carries gradients back to z is left, so that this costs two forwards, not three. A
+    block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
+    Eq. 6 would not pass it on. In the model z is of the model's dtype. The head has a backward pass
+    of its own (leaf), so that logits exist for HEAD_ROWS positions at a time, never as a whole.
     """
     z = z.detach().requires_grad_()
     z.grad = torch.zeros_like(z)
@@ -120,8 +123,8 @@ def lm_gradient(model: llm.Transformer, texts: list,
         real = padded[:, 1:] >= 0                                # (b, w - 1) what is predicted
         ids = padded.clamp(0).to(loss.device)
         targets = ids[:, 1:][real]                               # (m,)
-        both = model.B // z.shape[1]                             # blocks of a gate: 1, or 2
-        blocks = z[part].repeat_interleave(both, 1)              # (b, B)
+        per_gate = model.B // z.shape[1]                         # blocks of a gate: 1, or 2
+        blocks = z[part].repeat_interleave(per_gate, 1)          # (b, B)
         hidden = model(ids, blocks)                              # (b, w, d)
         hidden = hidden[:, :-1][real]                            # (m, d)
         leaf = hidden.detach().requires_grad_()
@@ -138,22 +141,26 @@ def lm_gradient(model: llm.Transformer, texts: list,
 
 # Four choices decide what a mask's training gives:
 # 1. The start. Silent: log_alpha = log((1 - s) / s), as Louizos et al. for a drop rate s, here
-#    s_target: t begins near its target, and the lambdas, from 0, need not undo another start.
+#    s_target: 1 - mean(z) begins near it, and the lambdas, from 0, need not undo another start.
 # 2. t of Eq. 7. Deviates: the paper's share of zeroes has no gradient. Over the training t moves
-#    from 1 - mean(z), which every gate feels, to P(z = 0) in closed form, the expectation of the
-#    paper's t, so that at the end most gates that count as skipped are exactly 0.
-# 3. The sums. Silent: one u for each text; L_LM is the mean over a step's tokens; Adam with betas
-#    0.9 and 0.999 and eps 1e-8; the rate of log_alpha, see CONSTANT.
-# 4. How z is made binary when the training is over: hardconcrete.harden.
+#    from 1 - mean(z), which every gate that is not closed feels, to P(z = 0) in closed form, the
+#    expectation of the paper's t, so that in the end most skipped gates are exactly 0. The weight
+#    of the second is step / steps, so that the last step's is just below 1.
+# 3. The sums. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean over
+#    a step's predicted tokens, which sets its weight against L_s. Silent: one u for each text; one
+#    Adam for both, betas 0.9 and 0.999, eps 1e-8; log_alpha's rate is constant, then falls linearly
+#    (CONSTANT); the lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
+# 4. How z is made binary when the training is over: hardconcrete.harden. Its share is rounded to
+#    whole blocks, s_target is not.
 
 
 def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
                generator: torch.Generator) -> tuple:
     """Eq. 8: log_alpha descends, the lambdas ascend on L_LM(x; W * z) + L_s, a step a batch.
 
-    texts: lists of at least 2 token ids, in order; generator: on the CPU, for u. Returns log_alpha
-    (B,), or (L,) if layers, and lambdas (2,), float32 on the CPU whatever the model is in.
-    Raises UserError when the loss is not finite, with the step.
+    texts: lists of at least 2 token ids, in the order of the steps, of which the last may be small.
+    generator: on the CPU, for u, row by row. Returns log_alpha (B,), or (L,) if layers, and lambdas
+    (2,), float32 on the CPU. Raises UserError when the loss is not finite, with the step.
     """
     if not texts:
         raise UserError("a cluster has no text of two tokens; use fewer --clusters")
@@ -207,12 +214,12 @@ def answer(run: Run, router: routing.Router) -> None:
     chat template, up to an end-of-text id or NEW_TOKENS.
     """
     model, prompt = run.model, run.args.prompt
-    [e] = routing.encode(run.encoder, [prompt])                  # Eq. 1
-    [k] = cluster_of(router, run.encoder, [prompt])              # Eq. 9
+    e = routing.encode(run.encoder, [prompt])                    # Eq. 1
+    squares = ((e - router.mu.numpy()) ** 2).sum(1)              # (N,)
+    k = squares.argmin()                                         # Eq. 9
     z = router.z[k]                                              # Eq. 10
-    square = ((e - router.mu[k].numpy()) ** 2).sum()
-    print(f"Cluster {k} of {len(router.z)}, |e - c_k|^2 = {square:.4f}. M^x skips {(~z).sum()} "
-          f"of {len(z)} blocks:\n{evaluate.picture(z)}\n")
+    print(f"Cluster {k} of {len(router.z)}, |e - c_k|^2 = {squares[k]:.4f}. M^x skips "
+          f"{(~z).sum()} of {len(z)} blocks:\n{evaluate.picture(z)}\n")
     ids = evaluate.encode(run.tokenizer, prompt, run.args.bos)
     longest = min(len(ids) + NEW_TOKENS, run.config.max_position_embeddings)
     new, shown = [], 0
@@ -245,11 +252,11 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     log_alpha, lambdas = train_mask(run.model, ids, recipe, generator)
     n = len(cost) if args.budget == "blocks" else L              # flops: as much as whole layers
     z = harden(log_alpha, cost, whole_share(args.sparsity, n))
-    both = 2 * L // len(z)                                       # blocks of a gate
+    per_gate = 2 * L // len(z)                                   # blocks: 1, or 2 if layers
     tokens = sum(len(x) - 1 for x in ids)
     return {
-        "log_alpha": log_alpha.repeat_interleave(both),          # (B,)
-        "z": z.repeat_interleave(both),                          # (B,)
+        "log_alpha": log_alpha.repeat_interleave(per_gate),          # (B,)
+        "z": z.repeat_interleave(per_gate),                      # (B,)
         "lambdas": lambdas,
         "forward_tokens": torch.tensor(2 * tokens),              # a step is two forwards
     }
@@ -258,7 +265,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
 def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """The mask of a rival of baselines.py, or of the dense model; log_alpha is 1 or -1.
 
-    Deviates: a rival may spend as many forward tokens as igp's masks together, see baselines.CAP.
+    Deviates: a rival may spend as many forward tokens as igp's masks together with texts of full
+    length, see baselines.CAP.
     """
     args = run.args
     L = run.config.num_hidden_layers
@@ -329,8 +337,8 @@ def found_clusters(run: Run) -> dict[str, Tensor]:
 def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> list[dict]:
     """A row of the table, from the held-out texts, each under its own mask; masks: their files.
 
-    Silent: what is routed. A text on all of it, so that its route has seen what it predicts, at
-    most log2 N bits of it.
+    Silent: what is routed. A text on what the encoder reads of it, so that its route has seen some
+    of what is predicted; it can tell no more of that than which of N clusters it is.
     """
     texts = [x["text"] for x in run.held_out]
     ids = [x["tokens"] for x in run.held_out]

@@ -64,7 +64,6 @@ def lloyd(e: np.ndarray, mu: np.ndarray) -> tuple:
             alone = np.bincount(labels)[labels] == 1
             far = np.where(alone, -1, distance).argmax()
             labels[far] = k
-            distance[far] = 0
         if np.array_equal(old, labels):
             break
         old = labels
@@ -88,8 +87,9 @@ def kmeans(e: np.ndarray, N: int,
     runs = [lloyd(e, plus_plus(e, N, generator)) for _ in range(restarts)]
     mu, labels, inertia = min(runs, key=itemgetter(2))
     _, first = np.unique(labels, return_index=True)               # (N,) each cluster's first point
-    order = first.argsort()                                       # new number -> old
-    return mu[order], order.argsort()[labels], inertia            # old -> new
+    order = first.argsort()                                       # (N,) new number -> old
+    rank = order.argsort()                                        # (N,) old number -> new
+    return mu[order], rank[labels], inertia
 
 
 def main() -> None:

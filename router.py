@@ -50,7 +50,9 @@ def open_encoder(folder: Path, device: str, dtype: torch.dtype):
 def encode(encoder, texts: list[str]) -> np.ndarray:
     """Eq. 1: e = Encoder(x), (n, d_e) float32, with an encoder from `open_encoder`.
 
-    The encoder computes in its own dtype, which may be bf16; only the result is float32.
+    all-MiniLM-L6-v2: the mean of its last layer over a text's word pieces, divided by its length,
+    d_e = 384. (A mean of such e, a centroid, is shorter than 1, and stays so.) The encoder computes
+    in its own dtype, which may be bf16; only the result is float32.
     Silent: all-MiniLM-L6-v2 reads the first 256 word pieces of a text, so that the paper's
     "Clustering Stage Sequence Length 4096" bounds only what it is handed.
     """

@@ -1,10 +1,10 @@
 """Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
 
-Run:  python tests/bench.py [forward training kmeans encoding prefill decode router]
+Run:  python tests/bench.py [forward training kmeans prefill decode router]
       python tests/bench.py prefill-1b decode-1b          (minutes; 5 GB of weights alone)
       python tests/bench.py scoring --tasks-dir FOLDER    (needs lm-eval==0.4.13 and accelerate)
 Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
-      kmeans against scikit-learn; encoding in bf16 against float32 on the embedded default;
+      kmeans against scikit-learn;
       prefill and decode: the embedded default, or a random model of Llama-3.2-1B's shape, dense
       against transformers, and under masks against the same model built without those blocks;
       router: encoding a prompt, as a share of the embedded default's dense prefill of it;
@@ -251,22 +251,6 @@ def clustering(_):
     yield row("kmeans, inertia", "sum", 1.001, inertia, peer.inertia_)
 
 
-def encoding(args: argparse.Namespace):
-    """Eq. 1 in the run's dtype against float32, and how many nearest centroids it changes."""
-    texts = [x["text"] for x in hub.calibration_texts("wikipedia", None)[:1000]]
-    folder = hub.encoder_folder()
-    encoders = [routing.open_encoder(folder, "cpu", x) for x in (args.dtype, torch.float32)]
-    runs = [partial(routing.encode, encoder, texts[:250]) for encoder in encoders]
-    yield row("encoding, of float32", "s", 1.0, *interleaved(runs, REPEATS // 3))
-    fast, exact = (routing.encode(encoder, texts) for encoder in encoders)
-    for N in (2, 16):
-        mu, labels, _ = kmeans.kmeans(exact, N, np.random.default_rng(0), igp.RESTARTS)
-        found, _ = kmeans.nearest(fast, mu)
-        changed = (found != labels).sum()
-        yield row(f"encoding, changed centroids of N = {N}", "texts", 0.01,
-                  changed, len(texts))
-
-
 def skipping(kind: str, shape: str, args: argparse.Namespace):
     """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
 
@@ -380,7 +364,6 @@ PARTS = {
     "forward": forward,
     "training": training,
     "kmeans": clustering,
-    "encoding": encoding,
     "prefill": partial(skipping, "prefill", "smollm2"),
     "decode": partial(skipping, "decode", "smollm2"),
     "router": router_share,
