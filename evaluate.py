@@ -415,7 +415,8 @@ def _method(row, first):
     if row["tasks"]:
         own, dense = (np.mean([_headline(x)[0] for x in y["tasks"].values()]) for y in (row, first))
         cells["average"] = f"{own:.2f}"
-        cells["% of dense"] = f"{own / dense:.2%}" if first["name"] == "dense" else "-"
+        of_dense = first["name"] == "dense" and dense > 0
+        cells["% of dense"] = f"{own / dense:.2%}" if of_dense else "-"
     for kind, part in (("attention", z[:, 0::2]), ("FFN", z[:, 1::2])):
         skipped = (1 - part).sum(1)
         few, many = skipped.min(), skipped.max()
