@@ -15,11 +15,15 @@ Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 import contextlib
 import json
 import math
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run; see hub.guarded
 
 import numpy as np
 import torch

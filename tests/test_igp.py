@@ -504,8 +504,10 @@ sys.exit(igp.main())
 """
 
 
-def test_two_processes_without_unix_make_the_files_of_one(command, home, finished, tmp_path):
+def test_two_processes_without_unix_make_the_files_of_one(command, home, finished, tmp_path,
+                                                          monkeypatch):
     """Every file of the project is imported where fcntl and resource are not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))                   # for torchrun's own files
     files = ", ".join(path.stem for path in ROOT.glob("*.py"))
     script = CHILD.format(root=ROOT, files=files, cache=home / "cache")
     (tmp_path / "child.py").write_text(script)
