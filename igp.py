@@ -269,8 +269,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
 def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """The mask of a rival of baselines.py, or of the dense model; log_alpha is 1 or -1.
 
-    Deviates: a rival may spend as many forward tokens as igp's masks together with texts of full
-    length, see baselines.CAP.
+    Deviates: a rival may spend about as many forward tokens as igp's masks together, their texts
+    at full length; see baselines.CAP.
     """
     args = run.args
     L = run.config.num_hidden_layers
@@ -406,11 +406,12 @@ def stage_2(run: Run, methods: dict) -> list[dict]:
         asked = digest((run.args.bos, questions))
         for name in run.args.method:                             # in the order of rows
             path = out / f"{name}-{task}.jsonl"
-            if path.exists():
+            if path.exists() and rank() == 0:
                 held = [line["asked"] for line in once(path)]
                 if held != [asked] * len(questions):             # other ones, or not all
                     path.unlink(missing_ok=True)
             jobs[path] = partial(ask, run, task, methods[name][0], asked)
+        once_each({})                                            # all wait for that
         for row, lines in zip(rows, once_each(jobs), strict=False):  # masks alone are not asked
             logliks = [np.array(line["loglikelihood"]) for line in lines]
             row["tasks"][task] = evaluate.accuracy(questions, logliks)
@@ -443,11 +444,11 @@ def work(args) -> None:
             begin(run)
         run.model = llm.load(run.folder, args.device, getattr(torch, args.dtype))
         methods = stage_1(run)
+        rows = stage_2(run, methods) if args.prompt is None else []
+        if rank():
+            return
         if args.prompt is not None:
             answer(run, methods["igp"][0])
-            return
-        rows = stage_2(run, methods)
-        if rank():
             return
         topics = describe(run, args.out / "clusters.safetensors")
         results = {

@@ -116,7 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, error) -> None:
     """Fills in what depends on other flags; calls error(message) for what makes no sense."""
-    out = args.out or f"runs/{Path(args.model).name}-{args.sparsity}-{args.preset}"
+    out = args.out or f"runs/{Path(args.model).resolve().name}-{args.sparsity}-{args.preset}"
     args.out = Path(out)
     if args.prompt is not None:
         args.prompt = hub.argument_text(args.prompt, "--prompt")
@@ -260,7 +260,7 @@ def open_run(args: argparse.Namespace) -> Run:
     identity = {"model": args.model, "files": {x.name: hub.fingerprint(x) for x in files}}
     encoder = routing.open_encoder(hub.encoder_folder(), args.device, getattr(torch, args.dtype))
     router = given_router(args, identity, config) if args.router else None
-    if router and len(router.z) > 1:                             # of this encoder's width?
+    if router and router.mu.shape[1] > 1:                             # of this encoder's width?
         routing.route(router, routing.encode(encoder, ["a text"]))
     return Run(args, folder, config, identity, tokenizer, encoder, train, held_out, questions,
                router)
