@@ -135,9 +135,9 @@ def lm_gradient(model: llm.Transformer, texts: list,
         slices = zip(leaf.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         for h, y in slices:
             logits = model.head(h).float()                       # (HEAD_ROWS, v)
-            share = F.cross_entropy(logits, y, reduction="sum") / n
-            share.backward()                                     # into leaf.grad
-            loss += share.detach()
+            slice_loss = F.cross_entropy(logits, y, reduction="sum") / n
+            slice_loss.backward()                                # into leaf.grad
+            loss += slice_loss.detach()
         if hidden.requires_grad:                                 # not if every block is closed
             hidden.backward(leaf.grad)                           # into z.grad
     return loss.item(), z.grad
@@ -175,18 +175,18 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
     descends = {"params": log_alpha, "lr": recipe.lr}
     ascends = {"params": lambdas, "lr": recipe.lr_lambda, "maximize": True}
     adam = torch.optim.Adam([descends, ascends])
-    starts = range(0, len(texts), recipe.batch_size)
-    bar = tqdm(starts, "mask", disable=None)
+    firsts = range(0, len(texts), recipe.batch_size)
+    bar = tqdm(firsts, "mask", disable=None)
     for step, first in enumerate(bar):
         batch = texts[first:first + recipe.batch_size]
-        done = step / len(starts)                                # 0-1, share of the training
+        done = step / len(firsts)                                # 0-1, share of the training
         u = sample_u((len(batch), len(cost)), generator)         # (b, B or L)  Eq. 3
         z = sample_z(log_alpha, u, recipe.gate)                  # (b, B or L)  Eq. 4-6
         soft = 1 - (z @ cost).mean()                             # what z takes away
         hard = prob_zero(log_alpha, recipe.gate) @ cost          # expected share of zeroes
-        t = (1 - done) * soft + done * hard
+        t = (1 - done) * soft + done * hard                      # of Eq. 7, see choice 2
         L_s = lagrangian(t, s_target, *lambdas)                  # Eq. 7
-        L_lm, gradient = lm_gradient(model, batch, z, recipe.micro_batch)
+        L_lm, gradient = lm_gradient(model, batch, z, recipe.micro_batch)  # of Eq. 8
         if not math.isfinite(L_lm):
             raise UserError(f"loss {L_lm} at step {step}; try a lower --lr or --dtype float32")
         adam.zero_grad()
@@ -240,7 +240,12 @@ def answer(run: Run, router: routing.Router) -> None:
 
 
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
-    """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z."""
+    """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
+
+    NumPy's PCG64 mixes --seed, the method and k into the seed of torch's own generator. Epochs
+    repeat one order, and both schedules span all of them. Texts of one token are left out after the
+    draw, so that there may be fewer than --samples.
+    """
     args = run.args
     L = run.config.num_hidden_layers
     masks = args.clusters if name == "static" else 1             # static: the samples of all
