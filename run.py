@@ -81,12 +81,6 @@ FLAGS = {  # likewise, but a run folder may see several values
 LEAST = {"sparsity": 0, "length": 2, "judged": 2, "lr": 0, "lr_lambda": 0, "seed": 0}  # else 1
 
 
-def best_dtype(device: str) -> str:
-    """bfloat16 on GPUs and on CPUs that multiply it in hardware, else float32."""
-    has = any("bf16" in name for name, there in torch.cpu.get_capabilities().items() if there)
-    return "bfloat16" if has or not device.startswith("cpu") else "float32"
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, under the preset they ask for, checked as far as no file is needed."""
     p = argparse.ArgumentParser("igp.py", description=__doc__)
@@ -107,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, flag, values[not demo])
         elif type(given) in (int, float) and not least <= given < 2**31:
             p.error(f"--{flag.replace('_', '-')} {given} is not a number from {least} up")
-    for key in ("model", "calibration", "router", "tasks_dir", "out"):
+    for key in ("calibration", "router", "tasks_dir", "out"):
         path = getattr(args, key)
         setattr(args, key, path and os.path.expanduser(path))
     check(args, p.error)
@@ -141,8 +135,9 @@ def check(args: argparse.Namespace, error) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         error(f"--device {args.device} is not here; use --device cpu")
-    if args.dtype == "auto":
-        args.dtype = best_dtype(args.device)
+    if args.dtype == "auto":                                     # CPUs: where they multiply it
+        able = args.device != "cpu" or "bf16': True" in str(torch.cpu.get_capabilities())
+        args.dtype = "bfloat16" if able else "float32"
 
 
 # ------------------------------------------------------------------ files
@@ -160,8 +155,8 @@ def once(path: Path, make=None):
         start = time.perf_counter()
         content = make()
         if tensors:
-            content["seconds"] = torch.tensor(time.perf_counter() - start)
-            data = to_bytes(content)
+            seconds = torch.tensor(time.perf_counter() - start)
+            data = to_bytes(content | {"seconds": seconds})
         else:
             data = "".join(json.dumps(x, allow_nan=False) + "\n" for x in content).encode()
         path.parent.mkdir(exist_ok=True)
@@ -169,9 +164,8 @@ def once(path: Path, make=None):
     try:
         if tensors:
             return load_file(path)
-        lines = llm.read_text(path).splitlines() or [""]         # an empty file is damaged
-        return [json.loads(line) for line in lines]
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
+        return [json.loads(line) for line in llm.read_text(path).splitlines() or [""]]
+    except (SafetensorError, json.JSONDecodeError) as e:         # [""]: an empty file is damaged
         raise UserError(f"{path} is damaged ({e}); delete it, and it is made again") from None
 
 
@@ -243,7 +237,7 @@ def open_run(args: argparse.Namespace) -> Run:
         raise UserError(f"{folder}/tokenizer.json has ids up to {largest}, but vocab_size is "
                         f"{config.vocab_size}: they belong to different models")
     if args.bos == "on":
-        args.bos = llm.read_json(folder / "config.json").get("bos_token_id")
+        args.bos = config.bos_token_id
         if args.bos not in range(config.vocab_size):
             raise UserError(f"--bos on: bos_token_id of {folder}/config.json is {args.bos!r}; use "
                             "--bos auto or off")
@@ -260,8 +254,6 @@ def open_run(args: argparse.Namespace) -> Run:
     identity = {"model": args.model, "files": {x.name: hub.fingerprint(x) for x in files}}
     encoder = routing.open_encoder(hub.encoder_folder(), args.device, getattr(torch, args.dtype))
     router = given_router(args, identity, config) if args.router else None
-    if router and router.mu.shape[1] > 1:                             # of this encoder's width?
-        routing.route(router, routing.encode(encoder, ["a text"]))
     return Run(args, folder, config, identity, tokenizer, encoder, train, held_out, questions,
                router)
 
@@ -282,12 +274,8 @@ def tokenized(tokenizer, texts: list[dict], length: int | None) -> list[dict]:
 
     Silent: BOS. Here it is the tokenizer's own habit.
     """
-    found = []
-    for x in texts:
-        ids = tokenizer.encode(x["text"]).ids[:length]
-        if len(ids) > 1:
-            found.append(x | {"tokens": ids})
-    return found
+    found = [x | {"tokens": tokenizer.encode(x["text"]).ids[:length]} for x in texts]
+    return [x for x in found if len(x["tokens"]) > 1]
 
 
 def read_task(task: str, args: argparse.Namespace) -> list[evaluate.Question]:
@@ -307,12 +295,11 @@ def read_task(task: str, args: argparse.Namespace) -> list[evaluate.Question]:
 
 def check_sparsity(config: llm.Config, args: argparse.Namespace) -> None:
     """UserError where a method cannot skip as much as --sparsity says."""
-    rivals = set(args.method) & set(baselines.RIVALS)
-    layers = rivals or args.granularity == "layer" or args.budget == "flops"
-    n, unit = config.num_hidden_layers, "layers"
-    if not layers:
-        n, unit = 2 * n, "blocks"
-    most = n - max([1, *(baselines.RIVALS[name][1] for name in rivals)])
+    spared = [baselines.RIVALS[name][1] for name in args.method if name in baselines.RIVALS]
+    n, unit = 2 * config.num_hidden_layers, "blocks"
+    if spared or args.granularity == "layer" or args.budget == "flops":
+        n, unit = config.num_hidden_layers, "layers"
+    most = n - max(spared, default=1)
     skipped = round(n * whole_share(args.sparsity, n))
     if args.method != ["dense"] and not 0 < skipped <= most:
         raise UserError(f"--sparsity {args.sparsity} skips {skipped} of {n} {unit}; 1 to {most} "
@@ -331,12 +318,12 @@ def given_router(args: argparse.Namespace, identity: dict, config: llm.Config):
 
 def begin(run: Run) -> None:
     """Writes arguments.json, or compares with it: UserError where --out holds another run."""
-    out = run.args.out
-    now = {key: getattr(run.args, key) for key in SETTINGS} | run.identity["files"]
+    args = run.args
+    now = {key: getattr(args, key) for key in SETTINGS} | run.identity["files"]
     now["what is read"] = digest(run.train + run.held_out)
-    now["router"] = run.args.router and hub.fingerprint(Path(run.args.router))
-    [[held]] = once_each({out / "arguments.json": lambda: [now]})
+    now["router"] = args.router and hub.fingerprint(Path(args.router))
+    [[held]] = once_each({args.out / "arguments.json": lambda: [now]})
     for key in held | now:
         if held.get(key) != now.get(key):
-            raise UserError(f"{out} holds a run with another {key}: {held.get(key)}, now "
+            raise UserError(f"{args.out} holds a run with another {key}: {held.get(key)}, now "
                             f"{now.get(key)}; choose another --out")

@@ -31,7 +31,7 @@ import igp
 import kmeans
 import model as llm
 import router as routing
-from run import best_dtype
+from run import parse
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -383,7 +383,7 @@ def main() -> None:
     args = p.parse_args()
     if not set(args.parts) <= set(PARTS):
         p.error(f"{' '.join(args.parts)}: expected of {', '.join(PARTS)}")
-    args.dtype = getattr(torch, best_dtype("cpu"))
+    args.dtype = getattr(torch, parse(["--device", "cpu"]).dtype)
     print(f"{args.dtype}, {torch.get_num_threads()} threads\n", flush=True)
     first = 0                                                     # the table's head, once
     for part in args.parts:

@@ -137,13 +137,13 @@ def test_split_is_fixed_disjoint_and_whole():
 
 def test_a_fingerprint_is_of_the_content(tmp_path):
     path, seen = tmp_path / "x", set()
-    for size in (10**5, 10**5 + 1, 40 * 2**20):                   # the last one has gaps
-        for changed in (0, 5 * size // 256 + 1, size - 1):
+    for size in (10**5, 10**5 + 1):
+        for changed in (0, size // 3, size - 1):
             data = bytearray(size)
             data[changed] = 1
             path.write_bytes(data)
             seen.add(hub.fingerprint(path))
-    assert len(seen) == 9 and {len(x) for x in seen} == {16}
+    assert len(seen) == 6 and {len(x) for x in seen} == {64}
 
 
 # ------------------------------------------------------------------ the hub, not answering

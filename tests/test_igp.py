@@ -436,9 +436,10 @@ def test_spellings_of_one_model_share_a_run(command, home, monkeypatch):
 
 def test_a_router_of_another_model_is_refused(command, by_hand, capsys, monkeypatch):
     router, path = by_hand
+    routing.save(replace(router, mu=torch.ones(2, 99)), path)
+    assert "24 wide, the router's centroids 99" in refused([*command, "--router", path], capsys)
     monkeypatch.setattr(llm, "load", None)                        # before the weights are read
     for field, value, named in (
-            ("mu", torch.ones(2, 99), "24 wide, the router's centroids 99"),
             ("z", torch.ones(2, 8) > 0, "give the --model that it was made for"),
             ("identity", {"model": "m", "files": {}}, "was made for m, and --model")):
         routing.save(replace(router, **{field: value}), path)
