@@ -67,7 +67,7 @@ FLAGS = {  # likewise, but a run folder may see several values
                     "texts of Stage 1: wikipedia, wikitext2, alpaca, one of these, or a file"),
     "method": ("dense,igp", "dense,igp", f"of {', '.join(METHODS)}, comma-separated; or all"),
     "matrix": (True, False, "judge every held-out text under every mask, too"),
-    "micro_batch": (4, 4, "texts of a step that run at a time"),
+    "micro_batch": (0, 0, "texts of a step that run at a time; if not given, what fits"),
     "router": (None, None, "apply this router.safetensors, train nothing"),
     "prompt": (None, None, "answer this text, or - for standard input, under its own mask"),
     "tasks": (None, None, f"of {', '.join(TASKS)}, comma-separated; '' for none"),
@@ -84,7 +84,7 @@ LEAST = {"sparsity": 0, "length": 2, "judged": 2, "lr": 0, "lr_lambda": 0, "seed
 def best_dtype(device: str) -> str:
     """bfloat16 on GPUs and on CPUs that multiply it in hardware, else float32."""
     has = any("bf16" in name for name, there in torch.cpu.get_capabilities().items() if there)
-    return "bfloat16" if has or not device.startswith("cpu") else "float32"
+    return "bfloat16" if has or "cpu" not in device else "float32"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
