@@ -351,10 +351,10 @@ def guarded(program: str, work) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is left at exit has a place to go
         return 141
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        memory = re.search("MemoryError|allocate|out of memory|ALLOC_FAILED", repr(e))
+        memory = re.search("MemoryError|out of memory|allocate|ALLOC|bad_alloc", repr(e))
         if sys.flags.dev_mode or isinstance(e, RuntimeError) and not memory:
             raise
-        message = "out of memory: try a smaller --batch-size or --length" if memory else str(e)
+        message = "out of memory: try --micro-batch 1 or a smaller --length" if memory else str(e)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -37,7 +37,6 @@ import evaluate
 import hub
 import model as llm
 import router as routing
-from evaluate import HEAD_ROWS
 from hardconcrete import (
     harden, lagrangian, prob_zero,
     sample_u, sample_z, whole_share)
@@ -113,7 +112,7 @@ def lm_gradient(model: llm.Transformer, texts: list,
     the half that carries gradients back to z is left, so that this costs two forwards, not three. A
     block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
     Eq. 6 would not pass it on. In the model z is of the model's dtype. The head has a backward pass
-    of its own (leaf), so that logits exist for HEAD_ROWS positions at a time, never as a whole.
+    of its own (leaf), so that logits exist for some positions at a time, never as a whole.
     """
     z = z.detach().requires_grad_()
     z.grad = torch.zeros_like(z)
@@ -131,10 +130,8 @@ def lm_gradient(model: llm.Transformer, texts: list,
         hidden = model(ids, blocks)                              # (b, w, d)
         hidden = hidden[:, :-1][real]                            # (m, d)
         leaf = hidden.detach().requires_grad_()
-        slices = zip(leaf.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        for h, y in slices:
-            logits = model.head(h).float()                       # (HEAD_ROWS, v)
-            slice_loss = F.cross_entropy(logits, y, reduction="sum") / n
+        for h, y in evaluate.slices(leaf, targets):              # a name for the logits keeps them
+            slice_loss = F.cross_entropy(model.head(h).float(), y, reduction="sum") / n
             slice_loss.backward()                                # into leaf.grad
             loss += slice_loss.detach()
         if hidden.requires_grad:                                 # not if every block is closed
@@ -442,16 +439,33 @@ def describe(run: Run, path: Path) -> list[str]:
 # ------------------------------------------------------------------ the run
 
 
+def fitting(run: Run) -> int:
+    """How many texts of a step fit in what is free on a CUDA device, at least 1; elsewhere all.
+
+    What a step keeps of a text is at most its FLOPs / d numbers (docs/gpu.md has the exact sum),
+    with room for the logits, and for what the allocator cannot use.
+    """
+    args = run.args
+    if "cuda" not in args.device:
+        return args.batch_size
+    free, _ = torch.cuda.mem_get_info(args.device)
+    size = run.model.head_weight.itemsize
+    a_text = size * llm.flops(run.config, args.length) // run.config.hidden_size
+    return free // a_text or 1
+
+
 def work(args) -> None:
     """A run, from its inputs to its report or to the answer to a prompt."""
     if torch.distributed.is_torchelastic_launched():             # torchrun: see run.once_each
         torch.distributed.init_process_group("gloo")
+    torch.backends.cuda.enable_cudnn_sdp(False)                  # it plans anew for every length
     run = open_run(args)
     writes = args.prompt is None or run.router is None
     with locked(args.out) if writes and rank() == 0 else contextlib.nullcontext():
         if writes:
             begin(run)
         run.model = llm.load(run.folder, args.device, getattr(torch, args.dtype))
+        args.micro_batch = args.micro_batch or fitting(run)
         methods = stage_1(run)
         rows = stage_2(run, methods) if args.prompt is None else []
         if rank():

@@ -198,7 +198,7 @@ def score_dtype(x: Tensor) -> torch.dtype:
     On a CPU float32: bf16 takes twice the time there, most of it in the backward pass. So a bf16
     checkpoint has two right answers, one of a CPU and one of a GPU.
     """
-    return torch.float32 if x.device.type == "cpu" else x.dtype
+    return torch.float32 if x.is_cpu else x.dtype
 
 
 Linear = partial(nn.Linear, bias=False)  # weight (out, in), as in the checkpoint
@@ -232,6 +232,9 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), *rope)
         q = q.transpose(1, 2).to(v.dtype)                         # (b, h, t, d_h)
         causal = attend is None and not start
+        if not (x.is_cpu or attend is None and x.dtype == torch.bfloat16):
+            # of a GPU's fast kernels only flash shares K and V, and it takes bf16 without a mask
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, enable_gqa=True)
         y = y.transpose(1, 2).flatten(2)                          # (b, t, h d_h)
         return self.o_proj(y.to(x.dtype))                         # (b, t, d)

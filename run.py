@@ -67,7 +67,7 @@ FLAGS = {  # likewise, but a run folder may see several values
                     "texts of Stage 1: wikipedia, wikitext2, alpaca, one of these, or a file"),
     "method": ("dense,igp", "dense,igp", f"of {', '.join(METHODS)}, comma-separated; or all"),
     "matrix": (True, False, "judge every held-out text under every mask, too"),
-    "micro_batch": (4, 4, "texts of a step that run at a time"),
+    "micro_batch": (0, 0, "texts of a step that run at a time; if not given, what fits"),
     "router": (None, None, "apply this router.safetensors, train nothing"),
     "prompt": (None, None, "answer this text, or - for standard input, under its own mask"),
     "tasks": (None, None, f"of {', '.join(TASKS)}, comma-separated; '' for none"),
@@ -196,9 +196,12 @@ def locked(folder: Path):
                         "--out") from None
 
 
-def digest(value) -> str:
-    """Tells one value from another: 16 hexadecimal digits of the SHA-256 of its repr."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+def digest(values) -> str:
+    """Tells one list from another: 16 hexadecimal digits of the SHA-256 of its items' reprs."""
+    total = hashlib.sha256()
+    for value in values:
+        total.update(repr(value).encode())
+    return total.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------ inputs

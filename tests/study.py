@@ -124,7 +124,7 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, variant
     ids = igp.draw(texts, int(args.samples * variant.samples), generator)
     cost = igp.gate_costs(model.config, "blocks", "block", args.length)
     recipe = igp.Recipe(args.sparsity, cost, variant.gate, variant.lr,
-                        args.lr_lambda, args.batch_size, args.micro_batch)
+                        args.lr_lambda, args.batch_size, args.micro_batch or args.batch_size)
     log_alpha = train_mask(model, ids, recipe, variant, generator)
     share = whole_share(args.sparsity, model.B)
     if variant.swap:

@@ -196,7 +196,7 @@ def test_errors_of_the_user_are_one_line_and_others_are_not(capsys):
 
         return hub.guarded("p", work)
 
-    memory = "p: error: out of memory: try a smaller --batch-size or --length\n"
+    memory = "p: error: out of memory: try --micro-batch 1 or a smaller --length\n"
     for error, line in ((UserError("a\nb"), "p: error: a b\n"), (MemoryError(), memory),
                         (OSError(5, "bad"), "p: error: [Errno 5] bad\n"),
                         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), memory)):

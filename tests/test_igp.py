@@ -66,7 +66,7 @@ def test_steps_are_eq_8_by_autograd_on_transformers(model, monkeypatch, case):
     optimiser, budget, granularity, gate, micro_batch = case.split()
     kind = getattr(torch.optim, optimiser)
     monkeypatch.setattr(torch.optim, "Adam", kind)
-    monkeypatch.setattr(igp, "HEAD_ROWS", 7)
+    monkeypatch.setattr(evaluate, "HEAD_ROWS", 7)
     cost = igp.gate_costs(model.config, budget, granularity, 16)
     given = replace(RECIPE, cost=cost, gate=gate, lr_lambda=2.0, micro_batch=int(micro_batch))
     trained = igp.train_mask(model, TEXTS * 5, given, seeded())
@@ -116,7 +116,7 @@ def test_a_step_costs_two_forwards_and_never_holds_all_logits(model, monkeypatch
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.head(model(torch.tensor(texts), torch.ones(4, B)))
     monkeypatch.setattr(model, "head", head)
-    monkeypatch.setattr(igp, "HEAD_ROWS", 8)
+    monkeypatch.setattr(evaluate, "HEAD_ROWS", 8)
     with FlopCounterMode(display=False) as step:
         igp.lm_gradient(model, texts, torch.ones(4, B), 4)
     assert 1.7 < step.get_total_flops() / forward.get_total_flops() <= 2.1
