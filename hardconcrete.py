@@ -77,8 +77,8 @@ def whole_share(s_target: float, n: int) -> float:
 def harden(log_alpha: Tensor, cost: Tensor, share: float) -> Tensor:
     """The binary z of Stage 2: the smallest log_alpha become 0 until their costs reach `share`.
 
-    log_alpha (B,); cost (B,) float32 > 0 with sum 1; share 0-1, of `whole_share`, is reached up to
-    ROUNDING. z boolean (B,). Of equal log_alpha the lower index is skipped first.
+    log_alpha (B,); cost (B,) float32 > 0 with sum 1; share 0-1, of `whole_share`, is the least that
+    they reach, up to ROUNDING. z boolean (B,). Of equal log_alpha the lower index is skipped first.
     Silent: the paper does not say how z is binarised. With all costs 1/B this meets a number of
     blocks exactly.
     """

@@ -7,9 +7,9 @@ Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Larg
 Left out: flags, inputs and the run folder (run.py); rival methods (baselines.py); sampled and
         batched generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts; b
-        texts that run together, w tokens of the longest, n predicted tokens, m those of a part; d
-        width, v vocabulary. t is the current sparsity of Eq. 7, in `judged` a number of tokens.
-        z = 1 keeps a block, 0 skips it.
+        texts of a step, n tokens that they predict; a texts that run together, w tokens of the
+        longest, m that they predict; d width, v vocabulary. t is the current sparsity of Eq. 7, in
+        `judged` a number of tokens. z = 1 keeps a block, 0 skips it.
 Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 """
 import contextlib
@@ -40,14 +40,14 @@ import router as routing
 from hardconcrete import (
     harden, lagrangian, prob_zero,
     sample_u, sample_z, whole_share)
-from kmeans import kmeans, nearest
+from kmeans import kmeans
 from model import UserError
 from run import (
     TRAINED, Run, begin, digest, locked,
     once, once_each, open_run, parse, rank, tokenized)
 
 RESTARTS = 10     # Silent: of k-means
-CONSTANT = 0.6    # Silent: for this share of the steps log_alpha's rate is lr, then it falls to 0
+FLAT = 0.6        # Silent: for this share of the steps log_alpha's rate is lr, then it falls to 0
 NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 
 # ------------------------------------------------------------------ Stage 1: clusters and masks
@@ -55,7 +55,7 @@ NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a mask's training is given besides model and texts; the values are in run.SETTINGS."""
+    """What a mask's training is given besides model and texts; for the flags see run.py."""
 
     s_target: float   # of Eq. 7
     cost: Tensor      # (B,) or (L,), of `gate_costs`
@@ -78,7 +78,7 @@ def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
 
 def gate_costs(config: llm.Config, budget: str,
                granularity: str, length: int) -> Tensor:
-    """What each gate counts in t and s_target: float32 (B,), or (L,) for layers, of sum 1.
+    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
 
     Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
     the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
@@ -90,8 +90,9 @@ def gate_costs(config: llm.Config, budget: str,
     cost = torch.ones(2 * L)
     if budget == "flops":
         one = torch.eye(2 * L, dtype=torch.bool)                 # row i keeps block i alone
-        head = llm.flops(config, length, one[0] & one[1])        # without any block
-        cost = torch.tensor([llm.flops(config, length, z) - head for z in one]).float()
+        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
+        saved = [llm.flops(config, length, z) - head for z in one]
+        cost = torch.tensor(saved).float()
     return cost / cost.sum()
 
 
@@ -109,7 +110,7 @@ def lm_gradient(model: llm.Transformer, texts: list,
     texts: b lists of at least 2 token ids; z float32 (b, B), or (b, L) if layers, on the CPU. A
     text's own row of z multiplies its blocks. micro_batch texts run at a time, and their gradients
     add up. Returns a float and a tensor like z. The weights are frozen: of the backward pass only
-    the half that carries gradients back to z is left, so that this costs two forwards, not three. A
+    the half that carries gradients back to z is left: about two forwards in all, not three. A
     block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
     Eq. 6 would not pass it on. In the model z is of the model's dtype. The head has a backward pass
     of its own (leaf), so that logits exist for some positions at a time, never as a whole.
@@ -121,16 +122,17 @@ def lm_gradient(model: llm.Transformer, texts: list,
     for first in range(0, len(texts), micro_batch):
         part = slice(first, first + micro_batch)
         rows = [torch.tensor(x) for x in texts[part]]
-        padded = pad_sequence(rows, batch_first=True, padding_value=-1)  # (b, w)
-        real = padded[:, 1:] >= 0                                # (b, w - 1) what is predicted
+        padded = pad_sequence(rows, batch_first=True, padding_value=-1)  # (a, w)
+        real = padded[:, 1:] >= 0                                # (a, w - 1) what is predicted
         ids = padded.clamp(0).to(loss.device)
         targets = ids[:, 1:][real]                               # (m,)
         per_gate = model.B // z.shape[1]                         # blocks of a gate: 1, or 2
-        blocks = z[part].repeat_interleave(per_gate, 1)          # (b, B)
-        hidden = model(ids, blocks)                              # (b, w, d)
+        blocks = z[part].repeat_interleave(per_gate, 1)          # (a, B)
+        hidden = model(ids, blocks)                              # (a, w, d)
         hidden = hidden[:, :-1][real]                            # (m, d)
         leaf = hidden.detach().requires_grad_()
-        for h, y in evaluate.slices(leaf, targets):              # a name for the logits keeps them
+        for h, y in evaluate.slices(leaf, targets):
+            # the logits get no name, so that they are freed at once
             slice_loss = F.cross_entropy(model.head(h).float(), y, reduction="sum") / n
             slice_loss.backward()                                # into leaf.grad
             loss += slice_loss.detach()
@@ -143,22 +145,22 @@ def lm_gradient(model: llm.Transformer, texts: list,
 # 1. The start. Silent: log_alpha = log((1 - s) / s), as Louizos et al. for a drop rate s, here
 #    s_target: 1 - mean(z) begins near it, and the lambdas, from 0, need not undo another start.
 # 2. t of Eq. 7. Deviates: the paper's share of zeroes has no gradient. Over the training t moves
-#    from 1 - mean(z), which every gate that is not closed feels, to P(z = 0) in closed form, the
+#    from 1 - mean(z), which every gate between 0 and 1 feels, to P(z = 0) in closed form, the
 #    expectation of the paper's t, so that in the end most skipped gates are exactly 0. The weight
 #    of the second is step / steps, so that the last step's is just below 1.
-# 3. The sums. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean over
-#    a step's predicted tokens, which sets its weight against L_s. Silent: one u for each text; one
-#    Adam for both, betas 0.9 and 0.999, eps 1e-8; log_alpha's rate is constant, then falls linearly
-#    (CONSTANT); the lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
-# 4. How z is made binary when the training is over: hardconcrete.harden. Its share is rounded to
-#    whole blocks, s_target is not.
+# 3. Sums and rates. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean
+#    over a step's predicted tokens, which sets its weight against L_s. Silent: a row of u for each
+#    text; one Adam for all, betas 0.9 and 0.999, eps 1e-8; log_alpha's rate is constant, then falls
+#    linearly (FLAT); the lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
+# 4. How z is made binary when the training is over: hardconcrete.harden. The share that it reaches
+#    is rounded (whole_share), s_target is not.
 
 
 def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
                generator: torch.Generator) -> tuple:
     """Eq. 8: log_alpha descends, the lambdas ascend on L_LM(x; W * z) + L_s, a step a batch.
 
-    texts: lists of at least 2 token ids, in the order of the steps, of which the last may be small.
+    texts: lists of at least 2 token ids, in the order of the steps; the last step may be small.
     generator: on the CPU, for u, row by row. Returns log_alpha (B,), or (L,) if layers, and lambdas
     (2,), float32 on the CPU. Raises UserError when the loss is not finite, with the step.
     """
@@ -178,16 +180,16 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
         done = step / len(firsts)                                # 0-1, share of the training
         u = sample_u((len(batch), len(cost)), generator)         # (b, B or L)  Eq. 3
         z = sample_z(log_alpha, u, recipe.gate)                  # (b, B or L)  Eq. 4-6
-        soft = 1 - (z @ cost).mean()                             # what z takes away
-        hard = prob_zero(log_alpha, recipe.gate) @ cost          # expected share of zeroes
-        t = (1 - done) * soft + done * hard                      # of Eq. 7, see choice 2
+        away = 1 - (z @ cost).mean()                             # what z takes away
+        zero = prob_zero(log_alpha, recipe.gate) @ cost          # expected share of zeroes
+        t = (1 - done) * away + done * zero                      # of Eq. 7, see choice 2
         L_s = lagrangian(t, s_target, *lambdas)                  # Eq. 7
         L_lm, gradient = lm_gradient(model, batch, z, recipe.micro_batch)  # of Eq. 8
         if not math.isfinite(L_lm):
             raise UserError(f"loss {L_lm} at step {step}; try a lower --lr or --dtype float32")
         adam.zero_grad()
         torch.autograd.backward([z, L_s], [gradient, None])      # the gradient of Eq. 8
-        falling = (1 - done) / (1 - CONSTANT)
+        falling = (1 - done) / (1 - FLAT)
         adam.param_groups[0]["lr"] = recipe.lr * min(1, falling)
         adam.step()
         closed = int((z == 0).all(0).sum())                      # gates that no text opens
@@ -215,8 +217,9 @@ def answer(run: Run, router: routing.Router) -> None:
     """
     model, prompt = run.model, run.args.prompt
     e = routing.encode(run.encoder, [prompt])                    # Eq. 1
-    [k], [square] = nearest(e, router.mu.numpy())                # Eq. 9
+    [k] = routing.route(router, e)                               # Eq. 9
     z = router.z[k]                                              # Eq. 10
+    square = ((e - router.mu[k].numpy()) ** 2).sum()
     print(f"Cluster {k} of {len(router.z)}, |e - c_k|^2 = {square:.4f}. M^x skips "
           f"{(~z).sum()} of {len(z)} blocks:\n{evaluate.picture(z)}\n")
     ids = evaluate.encode(run.tokenizer, prompt, run.args.bos)
@@ -238,7 +241,7 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
 
     NumPy's PCG64 mixes --seed, the method and k into the seed of torch's own generator. Epochs
-    repeat one order, and both schedules span all of them. Texts of one token are left out after the
+    repeat one order; t and the rate span all of them. Texts of one token are left out after the
     draw, so that there may be fewer than --samples.
     """
     args = run.args
@@ -254,7 +257,7 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     recipe = Recipe(args.sparsity, cost, args.gate, args.lr,
                     args.lr_lambda, args.batch_size, args.micro_batch)
     log_alpha, lambdas = train_mask(run.model, ids, recipe, generator)
-    n = len(cost) if args.budget == "blocks" else L              # flops: as much as whole layers
+    n = len(cost) if args.budget == "blocks" else L              # flops: rounded as layers are
     z = harden(log_alpha, cost, whole_share(args.sparsity, n))
     per_gate = 2 * L // len(z)                                   # blocks: 1, or 2 if layers
     tokens = sum(len(x) - 1 for x in ids)

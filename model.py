@@ -335,7 +335,7 @@ class Transformer(nn.Module):
         """
         b, t = tokens.shape
         keep, gates = self._gates(z, b)
-        kv, start = (cache.kv, cache.length) if cache else ([None] * self.B, 0)
+        kv, start = (cache.kv, cache.length) if cache else ([None] * len(self.model.layers), 0)
         if cache and start + t > cache.longest:
             raise ValueError(f"{start} + {t} tokens do not fit a cache of {cache.longest}")
         if positions is None:

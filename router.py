@@ -25,7 +25,7 @@ from model import UserError, write
 class Router:
     """What Stage 1 leaves behind: one centroid and one z per cluster."""
 
-    mu: Tensor         # (N, d_e) float32, the c_k of Eq. 9
+    mu: Tensor         # (N, d_e) float32, the c_k of Eq. 9; (1, 1) where one mask needs none
     z: Tensor          # (N, B) bool
     log_alpha: Tensor  # (N, B) float32, what z was hardened from
     identity: dict     # "model", its name, and "files", a fingerprint of each of its files
@@ -50,9 +50,9 @@ def open_encoder(folder: Path, device: str, dtype: torch.dtype):
 def encode(encoder, texts: list[str]) -> np.ndarray:
     """Eq. 1: e = Encoder(x), (n, d_e) float32, with an encoder from `open_encoder`.
 
-    all-MiniLM-L6-v2: the mean of its last layer over a text's word pieces, divided by its length,
-    d_e = 384. (A mean of such e, a centroid, is shorter than 1, and stays so.) The encoder computes
-    in its own dtype, which may be bf16; only the result is float32.
+    all-MiniLM-L6-v2: the mean of its last layer over a text's word pieces, divided by its norm,
+    d_e = 384. (A mean of such e, a centroid, has a norm below 1, and keeps it.) The encoder
+    computes in its own dtype, which may be bf16; only the result is float32.
     Silent: all-MiniLM-L6-v2 reads the first 256 word pieces of a text, so that the paper's
     "Clustering Stage Sequence Length 4096" bounds only what it is handed.
     """
@@ -80,6 +80,8 @@ def route(router: Router, e: np.ndarray) -> Tensor:
     Silent: c_k is only said to be initialised with mu_k; no update is described, so c_k = mu_k.
     Raises UserError for embeddings of another width.
     """
+    if len(router.mu) == 1:
+        return torch.zeros(len(e), dtype=torch.int64)
     if e.shape[1] != router.mu.shape[1]:
         raise UserError(f"embeddings are {e.shape[1]} wide, the router's centroids "
                         f"{router.mu.shape[1]}; name a router of this encoder")

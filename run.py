@@ -1,8 +1,9 @@
 """A run's inputs, opened and checked before anything expensive starts, and its files.
 
 Left out: the method. igp.py tells what is made from these inputs; here it is one word, make.
-A run folder is a list of files, and a file that exists is not made again: that is how a stopped
-run goes on, how --method joins a finished run, and how several processes share one.
+What is dear to make is a file, and a file that exists is not made again (a half-trained mask starts
+over): that is how a stopped run goes on, how --method joins a finished run, and how several
+processes share one.
 """
 import argparse
 import contextlib
@@ -59,7 +60,7 @@ SETTINGS = {
     "dtype": ("auto", "auto", "of the model; auto is bfloat16 where the hardware multiplies it",
               "auto", "float32", "bfloat16"),
 }
-FLAGS = {  # likewise, but a run folder may see several values
+FLAGS = {  # likewise; `begin` compares contents instead, or a run folder may see several values
     "model": (hub.EMBEDDED, hub.EMBEDDED, "a known name, a hub id, or a folder with config.json, "
               "tokenizer.json and *.safetensors"),
     "preset": ("demo", "paper", "if not given, paper for another --model", "demo", "paper"),
@@ -175,7 +176,7 @@ def rank() -> int:
 
 
 def once_each(jobs: dict) -> list:
-    """`once` of each path: make. Under torchrun, process r of W makes every W-th."""
+    """`once` of each path: make. Under torchrun, process r of W makes jobs r, r + W, ..."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     for path in list(jobs)[rank()::world]:
         once(path, jobs[path])

@@ -80,15 +80,15 @@ def train_mask(model: llm.Transformer, texts: list, recipe: igp.Recipe, variant:
         u = sample_u((rows, len(cost)), generator)                # (b or 1, B)  Eq. 3
         u = u.expand(len(batch), -1)
         z = sample_z(log_alpha, u, recipe.gate)                   # (b, B)  Eq. 4-6
-        soft = 1 - (z @ cost).mean()
-        hard = prob_zero(log_alpha, recipe.gate) @ cost
+        away = 1 - (z @ cost).mean()
+        zero = prob_zero(log_alpha, recipe.gate) @ cost
         p = done if variant.closed is None else variant.closed
-        t = (1 - p) * soft + p * hard
+        t = (1 - p) * away + p * zero
         L_s = lagrangian(t, s_target, *lambdas)                   # Eq. 7
         _, gradient = igp.lm_gradient(model, batch, z, recipe.micro_batch)
         adam.zero_grad()
         torch.autograd.backward([z, L_s], [gradient, None])       # the gradient of Eq. 8
-        falling = (1 - done) / (1 - igp.CONSTANT)
+        falling = (1 - done) / (1 - igp.FLAT)
         adam.param_groups[0]["lr"] = recipe.lr * min(1, falling)
         adam.step()
     return log_alpha.detach()
