@@ -472,10 +472,13 @@ def check_weights(folder: str | Path) -> Transformer:
     Raises UserError, by name, for missing, unexpected, misshaped or quantised tensors.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config, tensors = read_config(folder), _read(folder, "meta", None)
+    if config.num_hidden_layers > len(tensors):                   # before as many are made
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers is "
+                        f"{config.num_hidden_layers}, but there are {len(tensors)} tensors")
     with torch.device("meta"):
         model = Transformer(config)
-    _fill(model, folder, _read(folder, "meta", None))
+    _fill(model, folder, tensors)
     return model
 
 
