@@ -460,6 +460,7 @@ def forward_vectors(x, model, name):
         "logits": scores, "log_p": log_softmax(scores)[0, np.arange(12), tokens[0, 1:]],
     }
     if name != "qwen3":
+        out["z"] = model.cast(x["llama.soft_z"])
         out |= {z: forward(model, tokens, x[f"llama.{z}"])[0]
                 for z in ("hard_z", "row_z", "soft_z")}
     return {f"{name}.{key}": value for key, value in out.items()}
@@ -477,12 +478,13 @@ def use_vectors(x, given, model):
     log_alpha, lambdas, t, lm = train_mask(model, given.train, x["train.u"])
     cost = np.ones(8) / 8
     out = {
-        "loss": [loss], "loss.dz": dz, "loss.dx": dx, "train.log_alpha": log_alpha,
-        "train.lambdas": lambdas, "train.t": t, "train.loss": lm,
+        "loss": [loss], "loss.dz": dz, "loss.dx": dx,
         "train.z": harden(log_alpha[-1], cost, whole_share(given.train.s_target, 8)),
         "right": [right(q.choices, q.gold, q.log_p) for q in given.questions],
         "perplexity": [np.exp(-sum(given.perplexity.log_p) / sum(given.perplexity.tokens))],
     }
+    for key, rows in ("log_alpha", log_alpha), ("lambdas", lambdas), ("t", t), ("loss", lm):
+        out |= {f"train.{key}.{step}": row[None] for step, row in enumerate(rows)}
     packing = pack(*given.groups[0])
     for key, value in zip(("read", "predictors", "attend"), packing, strict=True):
         out[f"choices.{key}"] = value

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, deserialize
 
 HERE = Path(__file__).parent
 PLACES = 24  # of an array, evenly spaced, at which mistakes.safetensors has its values
+NEAR = 0.5   # a mistake's values are this much nearer than the expected ones
 SHOWN = 5    # indices that are printed
 DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
@@ -78,18 +79,33 @@ def first_deviation(shares: dict, rows: list) -> tuple:
     return roots[0], [row["name"] for row in roots[1:]]
 
 
-def lookalikes(found: np.ndarray, row: dict, mistakes: dict) -> list:
-    """The mistakes whose values these are, the nearest first."""
-    flat = found.ravel()
-    at = np.unique(np.linspace(0, flat.size - 1, PLACES).astype(int))
+def lookalikes(found: np.ndarray, expected: np.ndarray, row: dict) -> list:
+    """(how near, mistake) of those whose values these nearly are, the nearest first.
+
+    How near: the distance to the mistake's values, as a share of that to the expected ones; what
+    is whole has to be equal.
+    """
+    flat, at = np.float64(found).ravel(), places(found.size)
+    here = flat[at]
+    far = 1.0
+    if found.shape == expected.shape:
+        far = np.linalg.norm(np.nan_to_num(here - np.float64(expected).ravel()[at], posinf=1e12))
     near = []
-    for key, values in mistakes.items():
+    for key, values in read(HERE / "mistakes.safetensors").items():
         mistake, _, name = key.partition("|")
-        if name == row["name"]:
-            distance = excess(flat[at], values, 3 * row["tolerance"]).max()
-            if distance <= 1:
-                near.append((distance, mistake))
-    return [mistake for _, mistake in sorted(near)]
+        if name == row["name"] and values.shape == here.shape:
+            same = np.isclose(here, values, 1e-12, row["tolerance"], equal_nan=True)
+            off = np.where(same, 0, np.nan_to_num(np.abs(here - values), nan=1e12))
+            share = np.linalg.norm(off) / max(far, 1e-30)
+            if share <= NEAR and (row["tolerance"] or same.all()):
+                near.append((share, mistake))
+    near.sort()
+    return [(share, name) for share, name in near if share <= 2 * near[0][0] + 0.01]
+
+
+def places(size: int) -> np.ndarray:
+    """Evenly spaced indices of a flat array, PLACES at most."""
+    return np.unique(np.linspace(0, size - 1, PLACES).astype(int))
 
 
 def simple(found: np.ndarray, expected: np.ndarray, row: dict) -> list:
@@ -118,23 +134,34 @@ def told(found: np.ndarray, expected: np.ndarray, row: dict, manifest: dict) -> 
         lines.append(f"  it needs {', '.join(row['needs'])}: these agree, or are missing")
     if found.shape != expected.shape:
         turned = ", its axes exchanged" * (sorted(found.shape) == sorted(expected.shape))
-        return [*lines, f"  shape {found.shape}, expected {expected.shape}{turned}"]
+        lines.append(f"  shape {found.shape}, expected {expected.shape}{turned}")
+        guesses = []
+    else:
+        lines += where(found, expected, row)
+        guesses = simple(found, expected, row)
+    likes = lookalikes(found, expected, row)
+    for share, name in likes:
+        nearly = f" ({share:.0%} of the deviation is something else)" * (share > 0.01)
+        lines.append(f"  LOOKS LIKE: {manifest['mistakes'][name]} [{name}]{nearly}")
+    if not likes:
+        lines += [f"  LOOKS LIKE: {what}" for what in guesses]
+    if not likes + guesses:
+        lines.append(f"  like none of the {len(manifest['mistakes'])} mistakes that are known here")
+    return lines
+
+
+def where(found: np.ndarray, expected: np.ndarray, row: dict) -> list:
+    """Lines: how many values deviate, the worst, and the first."""
     values = excess(found, expected, row["tolerance"])
     bad = np.argwhere(values > 1)
     worst = np.unravel_index(values.argmax(), values.shape)
-    lines.append(f"  {len(bad)} of {values.size} values deviate; tolerance {row['tolerance']:.2g} "
-                 f"({row['why']})")
-    lines.append(f"  the worst, at {tuple(map(int, worst))}: {found[worst]!s}, expected "
-                 f"{expected[worst]!s}")
     indices = ", ".join(str(tuple(index.tolist())) for index in bad[:SHOWN])
-    lines.append(f"  first at {indices}{' ...' * (len(bad) > SHOWN)}")
-    names = lookalikes(found, row, read(HERE / "mistakes.safetensors"))
-    said = [f"{manifest['mistakes'][name]} [{name}]" for name in names]
-    for what in said or simple(found, expected, row):
-        lines.append(f"  LOOKS LIKE: {what}")
-    if not lines[-1].startswith("  LOOKS LIKE"):
-        lines.append(f"  like none of the {len(manifest['mistakes'])} mistakes that are known here")
-    return lines
+    return [
+        f"  {len(bad)} of {values.size} values deviate; tolerance {row['tolerance']:.2g} "
+        f"({row['why']})",
+        f"  the worst, at {tuple(map(int, worst))}: {found[worst]!s}, expected {expected[worst]!s}",
+        f"  at {indices}{' ...' * (len(bad) > SHOWN)}",
+    ]
 
 
 def main(folder: Path) -> int:

@@ -297,7 +297,7 @@ def forward(kit):
         "x": stream(model, given),
         "hidden": hidden,
         "logits": model.head(hidden),
-        "log_p": evaluate.log_probs(model, hidden[0, :-1], tokens[0, 1:]),
+        "log_p": evaluate.log_probs(model, hidden[0], tokens[0].roll(-1))[:-1],
     }
     for name in ("hard_z", "row_z", "soft_z"):
         out[name] = model(tokens, x[f"llama.{name}"])
@@ -321,7 +321,7 @@ def bf16(kit):
     soft = model(x["llama.tokens"], x["llama.soft_z"])
     out = {"norm": given[first + "self_attn"], "attention": gave[first + "self_attn"],
            "inner": given[first + "mlp.down_proj"], "x": stream(model, given),
-           "hidden": hidden, "soft_z": soft}
+           "hidden": hidden, "z": x["llama.soft_z"].bfloat16(), "soft_z": soft}
     return {f"bf16.{name}": value.float() for name, value in out.items()}
 
 
@@ -380,9 +380,11 @@ def training(kit):
                              torch.Generator().manual_seed(SEED))
     log_alpha, lambdas = map(torch.stack, zip(*rows, end, strict=True))
     share = hardconcrete.whole_share(given["s_target"], 8)
-    return {"train.t": torch.stack(ts), "train.loss": torch.tensor(lms),
-            "train.log_alpha": log_alpha, "train.lambdas": lambdas,
-            "train.z": hardconcrete.harden(log_alpha[-1], cost, share)}
+    out = {"train.z": hardconcrete.harden(log_alpha[-1], cost, share)}
+    for name, values in (("t", torch.stack(ts)), ("loss", torch.tensor(lms)),
+                         ("log_alpha", log_alpha), ("lambdas", lambdas)):
+        out |= {f"train.{name}.{step}": value[None] for step, value in enumerate(values)}
+    return out
 
 
 def choices(kit):
@@ -499,11 +501,9 @@ def mistaken(kit: Kit, expected: dict, rows: list) -> tuple:
                 if part.__name__ in parts.split():
                     found |= to_numpy(part(kit))
         for vector, value in found.items():
-            if value.shape == expected[vector].shape:
-                at = places(value.size)
-                a, b = (np.float64(x).ravel()[at] for x in (value, expected[vector]))
-                if not np.abs(a - b).max() <= 10 * tolerance[vector]:
-                    values[f"{name}|{vector}"] = a
+            a, b = (np.float64(x).ravel()[places(x.size)] for x in (value, expected[vector]))
+            if a.shape != b.shape or not np.abs(a - b).max() <= 10 * tolerance[vector]:
+                values[f"{name}|{vector}"] = a
     return values, sentences
 
 
