@@ -106,15 +106,16 @@ def plus_plus(e, draws):
 def lloyd(e, mu):
     """mu, labels, inertia when no label changes; an empty cluster gets the farthest point."""
     old = None
-    while True:
+    for _ in range(300):
         labels, distance = nearest(e, mu)
         for k in np.setdiff1d(range(len(mu)), labels):
             alone = np.bincount(labels)[labels] == 1
             labels[np.where(alone, -1, distance).argmax()] = k
         if np.array_equal(labels, old):
-            return mu, labels, distance.sum()
+            break
         mu = np.array([e[labels == k].mean(0) for k in range(len(mu))])
         old = labels
+    return mu, labels, distance.sum()
 
 
 def kmeans(e, draws):

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 HERE = Path(__file__).parent
-PLACES = 24  # of an array, evenly spaced, at which mistakes.safetensors has its values
+PLACES = 64  # of an array, evenly spaced, at which mistakes.safetensors has its values
 NEAR = 0.5   # a mistake's values are this much nearer than the expected ones
 SHOWN = 5    # indices that are printed
 DTYPES = {
@@ -31,6 +31,11 @@ def read(path: Path) -> dict:
             value = (value.astype(np.uint32) << 16).view(np.float32)
         arrays[name] = value.reshape(x["shape"])
     return arrays
+
+
+def read_manifest() -> dict:
+    """"vectors", a list of rows in the order of a port, and "mistakes", name -> sentence."""
+    return json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
 
 
 def read_folder(folder: Path) -> dict:
@@ -166,7 +171,7 @@ def where(found: np.ndarray, expected: np.ndarray, row: dict) -> list:
 
 def main(folder: Path) -> int:
     """Prints what was compared and the first deviation; returns the exit status."""
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest()
     rows, expected = manifest["vectors"], read(HERE / "expected.safetensors")
     try:
         found = read_folder(folder)

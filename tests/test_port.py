@@ -1,0 +1,53 @@
+"""The porter's kit is what today's code makes, the NumPy port agrees, and mistakes are named."""
+import sys
+
+import numpy as np
+import numpy_port
+import pytest
+from conftest import ROOT
+
+KIT = ROOT / "tests/golden/port"
+sys.path.insert(0, str(KIT))
+import check  # noqa: E402
+import make  # noqa: E402
+
+MANIFEST = check.read_manifest()
+ROWS, EXPECTED = MANIFEST["vectors"], check.read(KIT / "expected.safetensors")
+PLANTED = [line for line in (KIT / "planted.txt").read_text().splitlines() if line[0] != "#"]
+
+
+def test_the_kit_is_what_todays_code_makes(tmp_path):
+    make.main(tmp_path)
+    assert sum(path.stat().st_size for path in KIT.rglob("*.*")) < 2e6
+    for name in ("inputs.json", "manifest.json", "llama/model.safetensors",
+                 "qwen3/model.safetensors", "inputs.safetensors"):
+        assert (tmp_path / name).read_bytes() == (KIT / name).read_bytes(), name
+    found = check.read(tmp_path / "expected.safetensors")
+    assert max(check.used(found, ROWS, EXPECTED).values()) < 1 / 3
+    found, kept = (check.read(x / "mistakes.safetensors") for x in (tmp_path, KIT))
+    assert found.keys() == kept.keys()
+    assert {key.split("|")[0] for key in kept} == set(MANIFEST["mistakes"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_port_uses_a_third_of_its_tolerances(dtype):
+    shares = check.used(numpy_port.vectors(dtype), ROWS, EXPECTED)
+    assert len(shares) == len(ROWS)
+    assert max(shares.values()) < 1 / 3
+
+
+@pytest.mark.parametrize("line", PLANTED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_planted_mistake_is_found_at_its_place_and_named(line):
+    place, mistake, changes = map(str.strip, line.split(" | ", 2))
+    source = (ROOT / "tests/numpy_port.py").read_text(encoding="utf-8")
+    for change in changes.split(" && "):
+        old, _, new = change.partition(" =>")
+        assert old in source
+        source = source.replace(old, new.strip())
+    port = {"__name__": "numpy_port", "__file__": numpy_port.__file__}
+    exec(source, port)
+    found = port["vectors"](np.float32)
+    row, _ = check.first_deviation(check.used(found, ROWS, EXPECTED), ROWS)
+    names = [name for _, name in check.lookalikes(found[row["name"]], EXPECTED[row["name"]], row)]
+    assert (row["name"], names[0]) == (place, mistake)
