@@ -497,18 +497,27 @@ def use_vectors(x, given, model):
     return out
 
 
-def vectors(dtype):
-    """Name -> array, of all that manifest.json has; bf16 only from float32."""
+def parts(dtype):
+    """Yields name -> array, part by part in the manifest's order; bf16 is made of float32."""
     x, given = load_file(PORT / "inputs.safetensors"), read_json(PORT / "inputs.json")
     x = {name: a.astype(dtype) if a.dtype == np.float32 else a for name, a in x.items()}
-    llama, qwen3 = open_model("llama", dtype), open_model("qwen3", dtype)
-    low = open_model("llama", np.float32, bf16)
-    out = gate_vectors(x, given) | cost_vectors(x, given, llama.config) | cluster_vectors(x)
-    for name, model in ("llama", llama), ("qwen3", qwen3), ("bf16", low):
-        out |= forward_vectors(x, model, name)
-    out |= use_vectors(x, given, llama)
+    llama = open_model("llama", dtype)
+    yield gate_vectors(x, given)
+    yield cost_vectors(x, given, llama.config)
+    yield cluster_vectors(x)
+    yield forward_vectors(x, llama, "llama")
+    yield forward_vectors(x, open_model("qwen3", dtype), "qwen3")
+    yield forward_vectors(x, open_model("llama", np.float32, bf16), "bf16")
+    yield use_vectors(x, given, llama)
+
+
+def vectors(dtype):
+    """Name -> array, of all that manifest.json has."""
+    found = {}
+    for part in parts(dtype):
+        found |= part
     names = [row.name for row in read_json(PORT / "manifest.json").vectors]
-    return {name: np.ascontiguousarray(out[name]) for name in names}
+    return {name: np.ascontiguousarray(found[name]) for name in names}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, deserialize
 
 HERE = Path(__file__).parent
 PLACES = 64  # of an array, evenly spaced, at which mistakes.safetensors has its values
-NEAR = 0.5   # a mistake's values are this much nearer than the expected ones
+NEAR = 0.7   # how far a mistake's values may be, as a share of the way to the expected ones
 SHOWN = 5    # indices that are printed
 DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
@@ -146,8 +146,8 @@ def told(found: np.ndarray, expected: np.ndarray, row: dict, manifest: dict) -> 
         guesses = simple(found, expected, row)
     likes = lookalikes(found, expected, row)
     for share, name in likes:
-        nearly = f" ({share:.0%} of the deviation is something else)" * (share > 0.01)
-        lines.append(f"  LOOKS LIKE: {manifest['mistakes'][name]} [{name}]{nearly}")
+        like = "LOOKS LIKE" if share < 0.1 else f"PERHAPS ({share:.0%} is something else)"
+        lines.append(f"  {like}: {manifest['mistakes'][name]} [{name}]")
     if not likes:
         lines += [f"  LOOKS LIKE: {what}" for what in guesses]
     if not likes + guesses:

@@ -133,7 +133,7 @@ def lists() -> dict:
         "questions": [{"what": what, "choices": choices, "gold": gold, "log_p": log_p}
                       for what, choices, gold, log_p in questions],
         "perplexity": {"log_p": [-20.5, -3.25, -61.0], "tokens": [9, 1, 30]},
-        "generate": {"prompt": ids(4), "longest": 20},
+        "generate": {"prompt": ids(4), "longest": 12},
         "flops": {"t": [1, 7, 13]},
     }
 

@@ -15,7 +15,7 @@ import model as llm
 import router
 
 MODULES = hardconcrete, kmeans, router, llm, evaluate, igp
-FORWARD = "forward qwen3 losses choices"
+FORWARD = "forward qwen3"
 
 # The right parts, which wrong ones call.
 sample_u, prob_zero = hardconcrete.sample_u, hardconcrete.prob_zero
