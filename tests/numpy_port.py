@@ -1,23 +1,22 @@
 """Stages 1 and 2 of IG-Pruning in NumPy alone, with the gradients by hand: a port to learn from.
 
-Source: arXiv:2511.02213. In the order of docs/porting.md; golden/port/check.py compares.
+Source: arXiv:2511.02213. In the order of docs/porting.md; golden/port/write.py runs all of it.
 Left out: files, flags, sentence encoder, tokenizer, the cache of K and V; Qwen3's gradients.
 Dims:   b texts, t tokens, d width, f FFN width, v vocabulary; k key and value heads, g query heads
         that read each, e their width; L layers, B = 2L blocks; M points, N clusters. z = 1 keeps.
-Run:    python tests/numpy_port.py FOLDER && python tests/golden/port/check.py FOLDER
+Test:   python tests/golden/port/write.py FOLDER && python tests/golden/port/check.py FOLDER
 """
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from numpy import einsum
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-PORT = Path(__file__).parent / "golden/port"
+KIT = Path(__file__).parent / "golden/port"
 
 # ---------------------------------------------------------------------------- gates, Eq. 3-7
 
@@ -28,6 +27,11 @@ LEFT, RIGHT, EPS = -0.1, 1.1, 1e-6
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return 1 / (1 + np.exp(-x))
+
+
+def sample_u(fraction):
+    """Eq. 3, of the 24-bit fractions that torch draws."""
+    return fraction * (1 - 2 * EPS) + EPS
 
 
 def sample_z(log_alpha, u, gate):
@@ -127,6 +131,11 @@ def kmeans(e, draws):
     return mu[order], order.argsort()[labels], inertia
 
 
+def route(e, mu):
+    """Eq. 9: k* of each e (n, d_e)."""
+    return nearest(e, mu)[0]
+
+
 # ---------------------------------------------------------------------------- the model
 
 
@@ -147,6 +156,18 @@ class Model:
         w["k"], w["v"] = w["k_proj"].reshape(heads)[:, 0], w["v_proj"].reshape(heads)[:, 0]
         w["o"] = w["o_proj"].T.reshape(heads)
         return SimpleNamespace(**w)
+
+
+def read_json(path):
+    """A JSON file; objects have their fields as attributes."""
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=lambda x: SimpleNamespace(**x))
+
+
+def open_model(name, dtype, cast=lambda x: x):
+    """The Model in a folder of the kit."""
+    W = load_file(KIT / name / "model.safetensors")
+    W = {n: x.astype(dtype) for n, x in W.items()}
+    return Model(read_json(KIT / name / "config.json"), W, cast)
 
 
 def bf16(x):
@@ -269,6 +290,12 @@ def head(model):
 # ---------------------------------------------------------------------------- training, Eq. 8
 
 
+def next_log_p(model, hidden, tokens):
+    """log P (b, t - 1) of every token after the first."""
+    table = log_softmax(hidden[:, :-1] @ head(model).T)
+    return np.take_along_axis(table, tokens[:, 1:, None], -1)[..., 0]
+
+
 def lm_gradient(model, texts, z):
     """The mean loss of all predicted tokens; its gradient by z (b, B); by x after each block."""
     t = max(map(len, texts))
@@ -382,143 +409,3 @@ def flops(c, t, z, qkv_always):
     scores_and_o = 4 * t * t * d_q + 2 * t * d_q * d
     rest = 6 * t * d * c.intermediate_size * ffns + 2 * t * d * c.vocab_size
     return qkv + attentions * scores_and_o + rest
-
-
-# ---------------------------------------------------------------------------- the kit's vectors
-
-
-def read_json(path):
-    """A JSON file; objects have their fields as attributes."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=lambda x: SimpleNamespace(**x))
-
-
-def open_model(name, dtype, cast=lambda x: x):
-    """The Model in a folder of the kit."""
-    W = load_file(PORT / name / "model.safetensors")
-    W = {n: x.astype(dtype) for n, x in W.items()}
-    return Model(read_json(PORT / name / "config.json"), W, cast)
-
-
-def gate_vectors(x, given):
-    """Gates, hardening, Adam."""
-    u, log_alpha, out = x["gates.fraction"] * (1 - 2 * EPS) + EPS, x["gates.log_alpha"], {}
-    for gate in GATES:
-        z, slope = sample_z(log_alpha, u, gate)
-        p, dp = prob_zero(log_alpha, gate)
-        dz = (slope * x["gates.upstream"]).sum(0)
-        out |= {f"z.{gate}": z, f"dz.{gate}": dz, f"zero.{gate}": p, f"dzero.{gate}": dp}
-    number = given.lagrangian
-    L_s, dL_s = lagrangian(number.t, number.s_target, number.lambda_1, number.lambda_2)
-    g = x["adam.gradient"]
-    steps = np.array([adam(g[:i + 1]) for i in range(len(g))]).cumsum(0) * given.adam.lr
-    return out | {
-        "gates.u": u, "clip.slope": passes(x["clip.s_bar"]), "lagrangian": [L_s],
-        "dlagrangian": dL_s, "shares": [whole_share(*pair) for pair in given.shares],
-        "adam.descends": -steps, "adam.ascends": steps,
-    }
-
-
-def cost_vectors(x, given, c):
-    """FLOPs, and masks by them."""
-    out, one, z = {}, np.eye(8), x["llama.hard_z"]
-    for rule in "free", "table2":
-        out[f"flops.{rule}"] = [[flops(c, t, row, rule == "table2") for row in (one[0] >= 0, z)]
-                                for t in given.flops.t]
-    t = given.harden.length
-    cost = np.array([flops(c, t, row, False) - flops(c, t, row * 0, False) for row in one])
-    cost = cost / cost.sum()
-    for name, value in ("blocks", one[0] * 0 + 1 / 8), ("flops", cost):
-        out[f"harden.{name}"] = harden(x["harden.log_alpha"], value, given.harden.share)
-    return out | {"cost.flops": cost}
-
-
-def cluster_vectors(x):
-    """k-means and routing."""
-    e, draws = x["kmeans.e"], x["kmeans.draws"]
-    starts, p = plus_plus(e, draws[0])
-    out = {"starts": starts, "starts.p": p, "route.k": nearest(x["route.e"], x["route.mu"])[0]}
-    for name, found in (
-        ("tied", nearest(x["tied.e"], x["tied.mu"])), ("nearest", nearest(e, starts)),
-    ):
-        out |= {f"{name}.labels": found[0], f"{name}.distance": found[1]}
-    for name, (mu, labels, inertia) in (
-        ("lloyd", lloyd(e, starts)), ("empty", lloyd(x["empty.e"], x["empty.mu"])),
-        ("kmeans", kmeans(e, draws)),
-    ):
-        out |= {f"{name}.mu": mu, f"{name}.labels": labels, f"{name}.inertia": [inertia]}
-    return out
-
-
-def forward_vectors(x, model, name):
-    """One dense forward with all that is between, and others by their z."""
-    tokens = x[f"{name[:5].replace('bf16', 'llama')}.tokens"]
-    hidden, tape = forward(model, tokens)
-    at, then, scores = tape[0], tape[1], hidden @ head(model).T
-    out = {
-        "rope": at.rope, "x0": at.x, "norm": at.norm, "q": joined(at.q), "k": at.k, "v": at.v,
-        "softmax": joined(at.softmax), "heads": joined(at.heads), "attention": at.y, "x1": then.x,
-        "inner": then.inner, "ffn": then.y, "x": [block.x for block in tape], "hidden": hidden,
-        "logits": scores, "log_p": log_softmax(scores)[0, np.arange(12), tokens[0, 1:]],
-    }
-    if name != "qwen3":
-        out["z"] = model.cast(x["llama.soft_z"])
-        out |= {z: forward(model, tokens, x[f"llama.{z}"])[0]
-                for z in ("hard_z", "row_z", "soft_z")}
-    return {f"{name}.{key}": value for key, value in out.items()}
-
-
-def joined(x):
-    """(b, k, g, t, n) -> (b, h, t, n)."""
-    return x.reshape(len(x), -1, *x.shape[3:])
-
-
-def use_vectors(x, given, model):
-    """Losses, training, choices, texts."""
-    z = x["llama.hard_z"]
-    loss, dz, dx = lm_gradient(model, given.loss.texts, x["loss.z"])
-    log_alpha, lambdas, t, lm = train_mask(model, given.train, x["train.u"])
-    cost = np.ones(8) / 8
-    out = {
-        "loss": [loss], "loss.dz": dz, "loss.dx": dx,
-        "train.z": harden(log_alpha[-1], cost, whole_share(given.train.s_target, 8)),
-        "right": [right(q.choices, q.gold, q.log_p) for q in given.questions],
-        "perplexity": [np.exp(-sum(given.perplexity.log_p) / sum(given.perplexity.tokens))],
-    }
-    for key, rows in ("log_alpha", log_alpha), ("lambdas", lambdas), ("t", t), ("loss", lm):
-        out |= {f"train.{key}.{step}": row[None] for step, row in enumerate(rows)}
-    packing = pack(*given.groups[0])
-    for key, value in zip(("read", "predictors", "attend"), packing, strict=True):
-        out[f"choices.{key}"] = value
-    text = given.generate
-    for names, mask in (("log_p", "dense"), 1), (("masked", "masked"), z):
-        found = [log_p(model, *group, mask) for group in given.groups]
-        out[f"choices.{names[0]}"] = sum(found, [])
-        out[f"generate.{names[1]}"] = generate(model, text.prompt, text.longest, mask)
-    return out
-
-
-def parts(dtype):
-    """Yields name -> array, part by part in the manifest's order; bf16 is made of float32."""
-    x, given = load_file(PORT / "inputs.safetensors"), read_json(PORT / "inputs.json")
-    x = {name: a.astype(dtype) if a.dtype == np.float32 else a for name, a in x.items()}
-    llama = open_model("llama", dtype)
-    yield gate_vectors(x, given)
-    yield cost_vectors(x, given, llama.config)
-    yield cluster_vectors(x)
-    yield forward_vectors(x, llama, "llama")
-    yield forward_vectors(x, open_model("qwen3", dtype), "qwen3")
-    yield forward_vectors(x, open_model("llama", np.float32, bf16), "bf16")
-    yield use_vectors(x, given, llama)
-
-
-def vectors(dtype):
-    """Name -> array, of all that manifest.json has."""
-    found = {}
-    for part in parts(dtype):
-        found |= part
-    names = [row.name for row in read_json(PORT / "manifest.json").vectors]
-    return {name: np.ascontiguousarray(found[name]) for name in names}
-
-
-if __name__ == "__main__":
-    save_file(vectors(np.float32), Path(sys.argv[1]) / "port.safetensors")
