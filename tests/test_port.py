@@ -1,4 +1,5 @@
 """The porter's kit is what today's code makes, the NumPy port agrees, and mistakes are named."""
+import json
 import sys
 from types import SimpleNamespace
 
@@ -58,3 +59,21 @@ def test_a_planted_mistake_is_found_at_its_place_and_named(line):
     row, _ = check.first_deviation(shares, ROWS)
     names = [name for _, name in check.lookalikes(found[row["name"]], EXPECTED[row["name"]], row)]
     assert (row["name"], names[0]) == (place, mistake)
+
+
+def test_scores_of_the_harness_need_weights_and_ids_only():
+    """The first rows of each task and BOS policy, scored by the NumPy port."""
+    model = numpy_port.open_model("../model", np.float32)
+    lines = [map(json.loads, (KIT.parent / name).open()) for name in
+             ("requests.jsonl", "scores.jsonl")]
+    requests, scores = lines[0], [line for line in lines[1] if "row" in line]
+    for request, line in zip(requests, scores, strict=True):
+        assert all(request[key] == line[key] for key in ("task", "row", "bos"))
+        if line["row"] < 3:
+            found = sum((numpy_port.log_p(model, *group) for group in request["groups"]), [])
+            np.testing.assert_allclose(found, line["loglikelihood"], atol=1e-3, rtol=1e-5)
+            acc = [np.argmax(found) == request["gold"]]
+            if request["characters"]:
+                per_character = np.divide(found, request["characters"])
+                acc.append(np.argmax(per_character) == request["gold"])
+            assert acc == [line["acc"], line["acc_norm"]][:len(acc)]
