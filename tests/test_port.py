@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import numpy_port
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 KIT = ROOT / "tests/golden/port"
 sys.path.insert(0, str(KIT))
@@ -30,6 +32,23 @@ def test_the_kit_is_what_todays_code_makes(tmp_path):
     found, kept = (check.read(x / "mistakes.safetensors") for x in (tmp_path, KIT))
     assert found.keys() == kept.keys()
     assert {key.split("|")[0] for key in kept} == set(MANIFEST["mistakes"])
+    page = (ROOT / "docs/porting.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 120
+    for text in (f"{len(ROWS)} expected arrays", f"{len(MANIFEST['mistakes'])} usual mistakes"):
+        assert text in page
+
+
+def test_the_exit_status_and_what_is_read(tmp_path, capsys):
+    assert check.main(tmp_path) == 2
+    np.save(tmp_path / "loss.npy", np.float64(EXPECTED["loss"][0]))
+    x0 = torch.tensor(EXPECTED["llama.x0"]).bfloat16()            # a bf16 file is read too
+    save_file({"llama.x0": x0}, tmp_path / "a.safetensors")
+    assert check.main(tmp_path) == 0
+    np.save(tmp_path / "llama.q.npy", EXPECTED["llama.q"] * 2)
+    np.save(tmp_path / "llama.hidden.npy", EXPECTED["llama.hidden"] + 1)
+    assert check.main(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "FIRST DEVIATION: llama.q " in out and "all is 2 times" in out
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -57,6 +57,16 @@ def excess(found: np.ndarray, expected: np.ndarray, tolerance: float) -> np.ndar
     return difference / tolerance if tolerance else 2.0 * (difference > 0)
 
 
+def fitted(found: dict, expected: dict) -> dict:
+    """`found`, where axes of size 1 do not count: (), (1,) and (1, 1) are one shape."""
+    out = dict(found)
+    for name in set(found) & set(expected):
+        x, shape = found[name], expected[name].shape
+        if np.squeeze(x).shape == tuple(n for n in shape if n != 1):
+            out[name] = x.reshape(shape)
+    return out
+
+
 def used(found: dict, rows: list, expected: dict) -> dict:
     """Name -> the largest share of its tolerance that a found vector uses; inf if misshapen."""
     shares = {}
@@ -174,7 +184,7 @@ def main(folder: Path) -> int:
     manifest = read_manifest()
     rows, expected = manifest["vectors"], read(HERE / "expected.safetensors")
     try:
-        found = read_folder(folder)
+        found = fitted(read_folder(folder), expected)
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         print(f"{folder} cannot be read: {e}")
         return 2
