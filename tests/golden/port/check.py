@@ -45,6 +45,8 @@ def read_folder(folder: Path) -> dict:
         found |= read(path)
     for path in sorted(folder.glob("*.npy")):
         found[path.stem] = np.load(path)
+        if found[path.stem].dtype.kind not in "biuf":
+            raise ValueError(f"{path.name} holds {found[path.stem].dtype}, not numbers")
     return found
 
 
@@ -130,7 +132,9 @@ def simple(found: np.ndarray, expected: np.ndarray, row: dict) -> list:
     if not np.isfinite(a).all():
         said.append(f"{(~np.isfinite(a)).sum()} values are not finite")
         return said
-    kinds = {"the sign is turned": -b, "yes and no are exchanged": 1 - b}
+    kinds = {"the sign is turned": -b}
+    if expected.dtype == bool:
+        kinds = {"yes and no are exchanged": 1 - b}
     for axis in range(b.ndim):
         kinds[f"everything is one place late on axis {axis}"] = np.roll(b, 1, axis)
         kinds[f"everything is one place early on axis {axis}"] = np.roll(b, -1, axis)
@@ -155,11 +159,11 @@ def told(found: np.ndarray, expected: np.ndarray, row: dict, manifest: dict) -> 
         lines += where(found, expected, row)
         guesses = simple(found, expected, row)
     likes = lookalikes(found, expected, row)
+    if not likes or likes[0][0] >= 0.1:
+        lines += [f"  LOOKS LIKE: {what}" for what in guesses]
     for share, name in likes:
         like = "LOOKS LIKE" if share < 0.1 else f"PERHAPS ({share:.0%} is something else)"
         lines.append(f"  {like}: {manifest['mistakes'][name]} [{name}]")
-    if not likes:
-        lines += [f"  LOOKS LIKE: {what}" for what in guesses]
     if not likes + guesses:
         lines.append(f"  like none of the {len(manifest['mistakes'])} mistakes that are known here")
     return lines
