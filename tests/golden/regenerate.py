@@ -2,7 +2,8 @@
 
 Run:  pip install lm-eval==0.4.13 && python tests/golden/regenerate.py
 Writes tokenizer.json, a small byte-level BPE trained on the rows that puts <bos> in front, and
-scores.jsonl, a line a row and BOS policy. Nothing but this script and bench.py needs lm-eval.
+scores.jsonl, a line a row and BOS policy; carry.py adds the weights and the token ids. Nothing but
+this script and bench.py needs lm-eval.
 """
 import json
 import sys
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+import carry  # noqa: E402
 from conftest import make_golden_model  # noqa: E402  (which also finds hub)
 
 import hub  # noqa: E402
@@ -77,6 +79,7 @@ def main() -> None:
                 key: result.get(f"{key},none") for key in
                 ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}})
     (HERE / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    carry.main()
 
 
 if __name__ == "__main__":
