@@ -1,4 +1,5 @@
 """One thread, the root on the path, `--embedded`, and the small models of the tests."""
+import functools
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import hub  # noqa: E402
+import model as llm  # noqa: E402
+import router as routing  # noqa: E402
 
 # Every axis has a size of its own, so that a swapped one cannot pass; 6 * 10 heads are not 48 wide.
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -27,9 +32,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "embedded: needs the embedded default's files")
-    option = config.option
-    if not option.embedded:
-        option.markexpr = option.markexpr or "not embedded"
+    if not config.option.embedded:
+        config.option.markexpr = config.option.markexpr or "not embedded"
 
 
 def make_reference(family: str, tied: bool = False, seed: int = 0, **sizes):
@@ -70,6 +74,12 @@ def checkpoint(tmp_path):
         reference.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
         return folder, reference
     return make
+
+
+@pytest.fixture
+def model(checkpoint):
+    """Ours, of the llama that `make_reference` makes."""
+    return llm.load(checkpoint()[0], "cpu", torch.float32)
 
 
 @pytest.fixture
@@ -143,23 +153,27 @@ def make_encoder(folder):
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory):
+def made(tmp_path_factory):
     """The folder of `make_home`, to be left as it is."""
     root = tmp_path_factory.mktemp("home")
     make_home(root)
     return root
 
 
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """The folder of `make_encoder`."""
-    return make_encoder(tmp_path_factory.mktemp("encoder"))
+@pytest.fixture(scope="module")
+def home(made):
+    """The same, while its cache is the program's; an encoder is opened once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "CACHE", made / "cache")
+        patch.setattr(routing, "open_encoder", functools.cache(routing.open_encoder))
+        yield made
 
 
 def make_home(root):
     """root/cache, a stand-in for ~/.cache/ig-pruning with tiny models, which is returned.
 
-    Beside it root/model in shards with an index, root/texts.jsonl, and root/tasks.
+    Beside it root/model in shards with an index, root/texts.jsonl, root/tasks, and root/torch, the
+    code of 60 functions.
     """
     cache, rng = root / "cache", np.random.default_rng(0)
     cache.mkdir(parents=True)
@@ -176,7 +190,10 @@ def make_home(root):
     (cache / "summaries_en-us.json").write_text(json.dumps(leads))
     texts = [json.dumps({"text": lead["extract"]}) for lead in leads.values()]
     (root / "texts.jsonl").write_text("\n".join(texts[:60]) + "\n")
-    (root / "tasks").mkdir()
+    for folder in ("tasks", "torch/nn"):
+        (root / folder).mkdir(parents=True)
+    functions = [f"def w{i}():\n    return {'w1 + ' * i}0\n\n" for i in range(30, 90)]
+    (root / "torch/nn/a.py").write_text("".join(functions))
     for task, row in ROWS.items():
         (root / f"tasks/{task}.jsonl").write_text("\n".join([json.dumps(row)] * 5) + "\n")
     return cache
