@@ -14,21 +14,23 @@ import model as llm
 from evaluate import Question
 from model import UserError
 
-GROUPS = [  # (context, choices)
-    ([3, 4, 5], [[6, 7]]),
-    ([8], [[*range(9, 34)], [34], [35, 36]]),
-    ([*range(37, 43)], [[43], [44, 45, 46, 47], [48, 49]]),
-    ([50, 51, 52], [[53, 54], [55, 56], [57, 58, 59, 60, 61]]),
-    ([62], [[63]]),
-]
+GROUPS = json.loads("""[
+[[3, 4, 5], [[6, 7]]],
+[[8], [[9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25], [34], [35, 36]]],
+[[37, 38, 39, 40, 41, 42], [[43], [44, 45, 46, 47], [48, 49]]],
+[[50, 51, 52], [[53, 54], [55, 56], [57, 58, 59, 60, 61]]],
+[[62], [[63]]]
+]""")  # [context, choices]
 
 
 def by_hand(reference, context, continuation):
     """One request at a time, every position through the head, a float64 log-softmax."""
+    ids = torch.tensor([context + continuation])
     with torch.no_grad():
-        logits = reference(torch.tensor([context + continuation])).logits[0].double()
-    log_p = logits.log_softmax(-1)[len(context) - 1:-1]
-    return sum(row[y].item() for row, y in zip(log_p, continuation, strict=True))
+        logits = reference(ids).logits.double()
+    log_p = logits.log_softmax(-1)[0, len(context) - 1:-1]
+    targets = torch.tensor(continuation)
+    return log_p.gather(1, targets[:, None]).sum().item()
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
@@ -48,15 +50,21 @@ def test_packed_choices_score_as_each_does_alone_under_its_z(model, batch_tokens
 def test_batches_hold_like_lengths_of_one_z_and_no_more_tokens_than_asked(model):
     """And a context runs once; and no head on more than HEAD_ROWS positions."""
     shapes = []
-    model.register_forward_hook(lambda _, given, out: shapes.append(given[0].shape))
+
+    def record(_, given, out):
+        shapes.append(given[0].shape)
+
+    model.register_forward_hook(record)
     groups = [([1], [[2] * n]) for n in (5, 70, 20, 30, 30, 31)]
     z = torch.ones(6, 6, dtype=torch.bool)
     z[1, 0] = False
     evaluate.loglikelihoods(model, groups, z, 62)
-    evaluate.loglikelihoods(model, [([5, 6], [[7, 8], [9]])], None)
+    branching = [5, 6], [[7, 8], [9]]
+    evaluate.loglikelihoods(model, [branching], None)
     assert shapes == [(1, 70), (2, 31), (2, 30), (1, 5), (1, 3)]
     model = Mock(head=Mock(wraps=torch.clone))
-    evaluate.log_probs(model, torch.zeros(300, 8), torch.ones(300, dtype=int))
+    targets = torch.ones(300, dtype=int)
+    evaluate.log_probs(model, torch.zeros(300, 8), targets)
     rows = [len(call.args[0]) for call in model.head.mock_calls]
     assert rows == [128, 128, 44]
 
@@ -65,15 +73,8 @@ def test_too_long_requests_lose_their_left_end(checkpoint):
     """Each choice on its own, as lm-evaluation-harness cuts them: the last 4 that are read stay."""
     folder, reference = checkpoint(max_position_embeddings=4)
     model = llm.load(folder, "cpu", torch.float32)
-    groups = [
-        ([1, 2, 3, 4], [[5, 6], [7]]),
-        ([8], [[1, 2, 3, 4, 5, 6]]),
-    ]
-    kept = [
-        ([2, 3, 4], [5, 6]),
-        ([1, 2, 3, 4], [7]),
-        ([2], [3, 4, 5, 6]),
-    ]
+    groups = json.loads("[[[1, 2, 3, 4], [[5, 6], [7]]], [[8], [[1, 2, 3, 4, 5, 6]]]]")
+    kept = json.loads("[[[2, 3, 4], [5, 6]], [[1, 2, 3, 4], [7]], [[2], [3, 4, 5, 6]]]")
     found = np.concatenate(evaluate.loglikelihoods(model, groups, None))
     wanted = [by_hand(reference, *part) for part in kept]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
@@ -84,19 +85,21 @@ def ask(choices, gold, contexts=None):
     return Question(contexts, choices, gold, contexts[0])
 
 
-@pytest.mark.parametrize(("choices", "loglik", "hits"), [
-    (["ab", "abcd"], [-4, -6], (0, 1)),
-    (["ab", "ab"], [-5, -5], (0, 0)),
-    (["", "abc"], [-1, -90], (0, 1)),
-    (["äöüß", "abcdef"], [-5, -6], (0, 1)),                       # 4 characters, 8 bytes
+@pytest.mark.parametrize(("first", "second", "loglik", "acc_norm"), [
+    ("ab", "abcd", [-4, -6], 1),
+    ("ab", "ab", [-5, -5], 0),
+    ("", "abc", [-1, -90], 1),
+    ("äöüß", "abcdef", [-5, -6], 1),                              # 4 characters, 8 bytes
 ])
-def test_acc_and_acc_norm_by_hand(choices, loglik, hits):
-    assert evaluate.right(ask(choices, 1), np.array(loglik)) == hits
+def test_acc_and_acc_norm_by_hand(first, second, loglik, acc_norm):
+    question = ask([first, second], 1)
+    assert evaluate.right(question, np.array(loglik)) == (0, acc_norm)
 
 
 def test_accuracy_is_a_mean_with_its_standard_error():
     loglik = np.array([-4.0, -6.0])
-    questions = [ask(["ab", "abcd"], gold) for gold in (0, 0, 1)]
+    choices = ["ab", "abcd"]
+    questions = [ask(choices, gold) for gold in (0, 0, 1)]
     error = np.std([1, 1, 0], ddof=1) / 3**0.5
     assert evaluate.accuracy(questions, [loglik] * 3) == pytest.approx({
         "n": 3,
@@ -106,22 +109,23 @@ def test_accuracy_is_a_mean_with_its_standard_error():
         "acc_norm_stderr": error,
     })
     blank = ask(["end", "end"], 1, ["a x", "a y"])                # WinoGrande's form, and n = 1
-    n, acc, *others = evaluate.accuracy([blank], [loglik]).values()
-    assert (n, acc, others) == (1, 0, [None] * 3)
+    found = evaluate.accuracy([blank], [loglik])
+    assert [*found.values()] == [1, 0, None, None, None]
 
 
 def test_choices_share_the_z_of_their_question(monkeypatch):
     """A question of one group, and one of two plain sequences, as in WinoGrande."""
-    questions = [ask(["w3", "w4"], 0), ask(["w8", "w8"], 1, ["w9", "w7"])]
-    logliks = np.array([1, 2]), np.array([3]), np.array([4])
-    spy = Mock(return_value=logliks)
+    one = ask(["w3", "w4"], 0)
+    two = ask(["w8", "w8"], 1, ["w9", "w7"])
+    spy = Mock(return_value=np.split(np.arange(4), [2, 3]))
     monkeypatch.setattr(evaluate, "loglikelihoods", spy)
     z = torch.tensor([[0], [1]])
-    found = evaluate.score(None, make_tokenizer(), questions, z, "auto")
+    found = evaluate.score(None, make_tokenizer(), [one, two], z, "auto")
     _, groups, z = spy.call_args.args
-    assert groups[1:] == [([11], [[10]]), ([9], [[10]])]
-    assert z.tolist() == [[0], [1], [1]]
-    assert [x.tolist() for x in found] == [[1, 2], [3, 4]]
+    assert groups[1] == ([11], [[10]])
+    assert groups[2] == ([9], [[10]])
+    assert z.flatten().tolist() == [0, 1, 1]
+    assert np.stack(found).tolist() == [[0, 1], [2, 3]]
 
 
 def test_bos_as_the_tokenizer_does_always_or_never():
@@ -141,39 +145,53 @@ def test_the_cut_between_context_and_continuation():
     """Trailing spaces go to the continuation; tokens may merge across; the context stays alone."""
     pieces = ["a", "b", "x", "Ġ", ":", "Ġb", "Ġx", "ĠĠ", ":Ġ"]
     ids = {piece: i for i, piece in enumerate(pieces)}
-    merging = Tokenizer(models.BPE(ids, [tuple(piece) for piece in pieces[5:]]))
+    merges = map(tuple, pieces[5:])
+    merging = Tokenizer(models.BPE(ids, list(merges)))
     merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for context, choice, group in (
             ("a", "b", ([0], [[5]])),                             # " b" is one token
             ("a ", "x", ([0], [[3, 6]])),
             ("a:", " b", ([0, 4], [[5]]))):                       # ":" and "Ġ" merge in the whole
-        assert evaluate.choice_ids(ask([choice], 0, [context]), merging, "auto") == [group]
-    for context, choice in (("", "w1"), ("w1", "")):
+        question = ask([choice], 0, [context])
+        assert evaluate.choice_ids(question, merging, "auto") == [group]
+    for context, choice in (("", "a"), ("a", "")):
+        question = ask([choice], 0, [context])
         with pytest.raises(UserError, match="no token"):
-            evaluate.choice_ids(ask([choice], 0, [context]), make_tokenizer(), "auto")
+            evaluate.choice_ids(question, make_tokenizer(), "auto")
 
 
+BLANK = "is embarassed, because Samantha made snide comments about the shirt Rebecca was wearing."
 PROMPTS = {
-    "openbookqa": (["Atomic 26 is drawn to a device, it could be"] * 2, ["wood", "magnetized"], 1),
-    "winogrande": (["People think Samantha", "People think Rebecca"],
-                   ["is embarassed, because Samantha made snide comments about the shirt Rebecca "
-                    "was wearing."] * 2, 1),
-    "hellaswag": (["Roof shingle removal: A man sits. He Starts up. now"] * 2,
-                  [" Ask him.", "is  up."], 1),
-    "piqa": (["Question: Remove seeds from  strawberries\nAnswer:"] * 2, ["use a straw", "no "], 0),
-    "arc_easy": (["Question: Which is the function of the gallbladder?\nAnswer:"] * 3,
-                 ["store bile", "b", "c"], 0),
-    "arc_challenge": (["Question: Q\nAnswer:"] * 5, list("vwxyz"), 4),
+    "openbookqa": (
+        "Atomic 26 is drawn to a device, it could be",
+        ["wood", "magnetized"], 1),
+    "winogrande": (
+        "People think ",
+        [BLANK, BLANK], 1),
+    "hellaswag": (
+        "Roof shingle removal: A man sits. He Starts up. now",
+        [" Ask him.", "is  up."], 1),
+    "piqa": (
+        "Question: Remove seeds from  strawberries\nAnswer:",
+        ["use a straw", "no "], 0),
+    "arc_easy": (
+        "Question: Which is the function of the gallbladder?\nAnswer:",
+        ["store bile", "b", "c"], 0),
+    "arc_challenge": (
+        "Question: Q\nAnswer:",
+        list("vwxyz"), 4),
 }
 
 
 @pytest.mark.parametrize("task", ROWS)
 def test_prompts_of_the_six_tasks(task):
     """Strings that published logs of lm-evaluation-harness show, and the footguns of each task."""
+    context, choices, gold = PROMPTS[task]
+    contexts = [context] * len(choices)
+    if task == "winogrande":
+        contexts = [context + "Samantha", context + "Rebecca"]
     question = evaluate.read_row(task, ROWS[task])
-    contexts, choices, gold = PROMPTS[task]
-    routed = "People think " if task == "winogrande" else contexts[0]
-    assert question == Question(contexts, choices, gold, routed)
+    assert question == Question(contexts, choices, gold, context)
 
 
 @pytest.mark.parametrize("case", [
@@ -203,8 +221,8 @@ def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     make_golden_model().save_pretrained(folder)
     model = llm.load(folder, "cpu", torch.float32)
-    lines = [json.loads(line) for line in (GOLDEN / "scores.jsonl").open()]
-    return model, hub.load_tokenizer(GOLDEN), lines
+    lines = map(json.loads, (GOLDEN / "scores.jsonl").open())
+    return model, hub.load_tokenizer(GOLDEN), list(lines)
 
 
 @pytest.mark.parametrize("bos", ["auto", "off"])
@@ -212,13 +230,15 @@ def golden(tmp_path_factory):
 def test_scores_equal_lm_evaluation_harness(golden, task, bos):
     """Its 0.4.13 on the same tiny model: every row's log-likelihoods and hits, and the means."""
     model, tokenizer, lines = golden
-    *rows, means = [x for x in lines if x["task"] == task and x["bos"] == bos]
+    mine = [x for x in lines if (x["task"], x["bos"]) == (task, bos)]
+    *rows, means = mine
     given = hub.task_rows(task, str(GOLDEN), None)
     questions = [evaluate.read_row(task, row) for _, row in given]
     logliks = evaluate.score(model, tokenizer, questions, None, bos)
     for row, question, found in zip(rows, questions, logliks, strict=True):
         np.testing.assert_allclose(found, row["loglikelihood"], atol=1e-3, rtol=1e-5)
-        assert evaluate.right(question, found) == (row["acc"], row["acc_norm"]), row
+        hits = row["acc"], row["acc_norm"]
+        assert evaluate.right(question, found) == hits
     scores = evaluate.accuracy(questions, logliks)
     wanted = {key: means.get(key, 12) for key in scores}          # n is 12
     assert scores == pytest.approx(wanted)
@@ -228,17 +248,20 @@ def test_wiki_what_asks_only_honest_questions():
     articles, of = [], {}
     for i in range(60):
         topic = ["Arts", "Geography", "Uncategorized"][i % 3]
-        articles.append({"title": f"T{i}", "topic": topic, "description": f"thing {i}"})
-        of[f"thing {i}"] = articles[i]
+        article = {"title": f"T{i}", "topic": topic, "description": f"thing {i}"}
+        articles.append(article)
+        of[f"thing {i}"] = article
     told = {"title": "Lake Foo", "topic": "Arts", "description": "A lake foo somewhere"}
-    judging = [*articles[:12], told, told | {"description": None}]
+    untold = told | {"description": None}
+    judging = [*articles[:12], told, untold]
     questions = evaluate.wiki_what(articles, judging, np.random.default_rng(0))
     assert len(questions) == 8
     assert len({q.gold for q in questions}) > 1
     for q in questions:
         assert q.routed == f"Question: What is {of[q.choices[q.gold]]['title']}?\nAnswer:"
         assert len(set(q.choices)) == 4
-        assert len({of[choice]["topic"] for choice in q.choices}) == 1
+        topics = {of[choice]["topic"] for choice in q.choices}
+        assert len(topics) == 1
 
 
 # ------------------------------------------------------------------------------ the report
