@@ -14,6 +14,7 @@ Ratio is the median of ours / peer over the interleaved turns; spread is the ran
 half of those ratios. Run nothing beside it.
 """
 import argparse
+import json
 import tempfile
 import time
 from functools import partial
@@ -33,26 +34,14 @@ import model as llm
 import router as routing
 from run import best_dtype
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-}
-LLAMA_1B = SMOLLM2 | {  # its RoPE would take as long
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+SMOLLM2 = json.loads("""{
+ "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+ "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+ "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+ "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}""")
+LLAMA_1B = SMOLLM2 | json.loads("""{
+ "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+ "num_attention_heads": 32, "num_key_value_heads": 8}""")  # its RoPE would take as long
 PROMPTS = (32, 128, 512)                # tokens
 SKIPPED = ((6, 2), (12, 4), (15, 7))    # of 30 and 30 attention and FFN blocks: 8, 16, 22 of 60
 STEPS = 16                              # tokens decoded in one measurement
@@ -68,9 +57,10 @@ REPEATS = 15
 def interleaved(runs: list, repeats: int) -> np.ndarray:
     """Seconds (n, repeats) of n callables in turn, every other time in reverse."""
     seconds = np.zeros((len(runs), repeats + 2))
+    turn = list(range(len(runs)))
     for i in range(repeats + 2):
-        turn = range(len(runs))
-        for j in turn if i % 2 else reversed(turn):
+        turn.reverse()
+        for j in turn:
             start = time.perf_counter()
             runs[j]()
             seconds[j, i] = time.perf_counter() - start
@@ -97,9 +87,10 @@ def peak_bytes(step) -> int:
     """Most bytes that the tensors made by a step hold at once (weights not counted)."""
     with torch.profiler.profile(profile_memory=True) as profiled:
         step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return int(np.cumsum([e.nbytes() for e in events]).max())
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    _, sizes = np.transpose(sorted(changes))
+    return sizes.cumsum().max()
 
 
 # ---------------------------------------------------------------------------- models
@@ -139,19 +130,17 @@ def z_of(L: int, attention: int, ffn: int) -> Tensor:
 
 def built_without(model: llm.Transformer, z: Tensor, longest: int):
     """The same weights as a chain of the kept blocks alone: run(tokens, start) -> logits (v,)."""
-    chain, config = [], model.config
+    chain, cache = [], model.new_cache(1, longest, z)
     for i, layer in enumerate(model.model.layers):
         if z[2 * i]:
-            shape = (2, 1, config.num_key_value_heads, longest, config.head_dim)
-            kv = torch.empty(shape, dtype=llm.score_dtype(model.head_weight))
-            chain.append((layer.input_layernorm, layer.self_attn, kv))
+            chain.append((layer.input_layernorm, layer.self_attn, cache.kv[i]))
         if z[2 * i + 1]:
             chain.append((layer.post_attention_layernorm, layer.mlp, None))
 
     @torch.inference_mode()
     def run(tokens: Tensor, start: int) -> Tensor:
         x = model.model.embed_tokens(tokens)
-        rope = llm.rope_angles(config, torch.arange(start, start + tokens.shape[1]))
+        rope = llm.rope_angles(model.config, torch.arange(start, start + tokens.shape[1]))
         for norm, block, kv in chain:
             more = () if kv is None else (rope, None, kv, start)
             x = x + block(norm(x), *more)
@@ -198,15 +187,10 @@ def forward(args: argparse.Namespace):
     ours, reference = random_models(args.dtype, SMOLLM2)
     tokens = torch.randint(20, 49152, (b, w))
 
-    @torch.inference_mode()
-    def run():
-        ours.head(ours(tokens))
-
-    @torch.inference_mode()
-    def peer():
-        reference(tokens, use_cache=False)
-
-    yield row(f"forward {b} x {w}", "s", 1.03, *interleaved([run, peer], REPEATS))
+    runs = [lambda: ours.head(ours(tokens)), partial(reference, tokens, use_cache=False)]
+    with torch.inference_mode():
+        seconds = interleaved(runs, REPEATS)
+    yield row(f"forward {b} x {w}", "s", 1.03, *seconds)
 
 
 def training(args: argparse.Namespace):
@@ -232,8 +216,7 @@ def training(args: argparse.Namespace):
     yield row(f"{name}, peak of its tensors", "bytes", 0.5, peak_bytes(step), peak_bytes(peer))
     yield row(f"{name}, all gates open", "s", None, *interleaved([step, peer], REPEATS))
     z[:, torch.arange(CLOSED) * 60 // CLOSED] = 0
-    yield row(f"{name}, {CLOSED} of 60 closed", "s", 0.80,
-              *interleaved([step, peer], REPEATS))
+    yield row(f"{name}, {CLOSED} of 60 closed", "s", 0.80, *interleaved([step, peer], REPEATS))
 
 
 def clustering(_):
@@ -257,8 +240,8 @@ def skipping(kind: str, shape: str, args: argparse.Namespace):
     Dense against transformers, each mask against `built_without` and against dense, all in turn.
     """
     large = shape == "llama-1b"
-    models = random_models(args.dtype, LLAMA_1B) if large else embedded_models(args.dtype)
-    model, reference = models
+    model, reference = (random_models(args.dtype, LLAMA_1B) if large
+                        else embedded_models(args.dtype))
     L = model.config.num_hidden_layers
     zs = [z_of(L, *skipped) for skipped in SKIPPED]
 
@@ -299,15 +282,12 @@ def router_share(args: argparse.Namespace):
     ids = tokenizer.encode(" ".join(x["text"] for x in leads)).ids
     router = routing.Router(torch.randn(16, 384), torch.ones(16, 60).bool(), torch.ones(16, 60), {})
 
-    def work(text):
-        """Eq. 1 and 9."""
-        routing.route(router, routing.encode(encoder, [text]))
-
     for n in PROMPTS:
-        text = tokenizer.decode(ids[:n])
-        dense = partial(cached(model, None, n), torch.tensor([ids[:n]]), 0)
-        yield row(f"router, of prefill smollm2 {n}", "s", None,
-                  *interleaved([partial(work, text), dense], REPEATS))
+        tokens = torch.tensor([ids[:n]])
+        dense = cached(model, None, n)
+        texts = [tokenizer.decode(ids[:n])]
+        runs = [partial(igp.cluster_of, router, encoder, texts), partial(dense, tokens, 0)]
+        yield row(f"router, of prefill smollm2 {n}", "s", None, *interleaved(runs, REPEATS))
 
 
 def harness(reference, folder: Path) -> tuple:
@@ -325,13 +305,12 @@ def harness(reference, folder: Path) -> tuple:
         task.build_all_requests(rank=0, world_size=1)
         requests[name] = task.instances
     few = [x for task in requests.values() for x in task[::12]]
-    seconds = {}
-    for size in BATCH_SIZES:
-        lm.batch_size_per_gpu = size
+    seconds = []
+    for lm.batch_size_per_gpu in BATCH_SIZES:
         start = time.perf_counter()
         lm.loglikelihood(few, disable_tqdm=True)
-        seconds[size] = time.perf_counter() - start
-    lm.batch_size_per_gpu = min(seconds, key=seconds.get)
+        seconds.append(time.perf_counter() - start)
+    lm.batch_size_per_gpu = BATCH_SIZES[np.argmin(seconds)]
     return lm, requests
 
 
@@ -349,10 +328,11 @@ def scoring(args: argparse.Namespace):
         start = time.perf_counter()
         ours = evaluate.score(model, tokenizer, questions, None, "auto")
         middle = time.perf_counter()
-        peer = np.array([x for x, _ in lm.loglikelihood(theirs, disable_tqdm=True)])
+        peer = lm.loglikelihood(theirs, disable_tqdm=True)
         seconds += middle - start, time.perf_counter() - middle
-        peer = np.split(peer, np.cumsum([len(x) for x in ours])[:-1])
-        for question, x, y in zip(questions, ours, peer, strict=True):
+        values = iter(peer)
+        for question, x in zip(questions, ours, strict=True):
+            y = np.array([next(values)[0] for _ in x])
             other += evaluate.right(question, x) != evaluate.right(question, y)
         n += len(questions)
     what = f"scoring, batch size of the peer {lm.batch_size_per_gpu}"

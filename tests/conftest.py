@@ -110,22 +110,21 @@ def make_tokenizer(bos: bool = False):
 
 
 # One row of each task in the hub's schema, with its footguns.
-ROWS = {
-    "openbookqa": {"question_stem": "Atomic 26 is drawn to a device, it could be", "answerKey": "B",
-                   "choices": {"text": ["wood", "magnetized"], "label": ["A", "B"]}},
-    "winogrande": {"sentence": "People think _ is embarassed, because Samantha made snide comments "
-                               "about the shirt Rebecca was wearing. ",
-                   "option1": "Samantha", "option2": "Rebecca", "answer": "2"},
-    "hellaswag": {"activity_label": " Roof shingle removal", "ctx_a": "A man [header] sits.  He",
-                  "ctx_b": "STARTS Up [title] now", "endings": ["[substeps] Ask him.", "is   up."],
-                  "label": "1"},
-    "piqa": {"goal": "Remove seeds from  strawberries", "sol1": "use a straw", "sol2": "no ",
-             "label": 0},
-    "arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
-                 "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
-    "arc_challenge": {"question": "Q", "answerKey": " E",
-                      "choices": {"text": list("vwxyz"), "label": list("ABCDE")}}
-}
+ROWS = json.loads("""{
+"openbookqa": {"question_stem": "Atomic 26 is drawn to a device, it could be", "answerKey": "B",
+ "choices": {"text": ["wood", "magnetized"], "label": ["A", "B"]}},
+"winogrande": {"option1": "Samantha", "option2": "Rebecca", "answer": "2", "sentence":
+ "People think _ is embarassed, because Samantha made snide comments about the shirt Rebecca was \
+wearing. "},
+"hellaswag": {"activity_label": " Roof shingle removal", "ctx_a": "A man [header] sits.  He",
+ "ctx_b": "STARTS Up [title] now", "endings": ["[substeps] Ask him.", "is   up."], "label": "1"},
+"piqa": {"goal": "Remove seeds from  strawberries", "sol1": "use a straw", "sol2": "no ",
+ "label": 0},
+"arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
+ "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
+"arc_challenge": {"question": "Q", "answerKey": " E",
+ "choices": {"text": ["v", "w", "x", "y", "z"], "label": ["A", "B", "C", "D", "E"]}}
+}""")
 
 
 def make_encoder(folder):
@@ -141,9 +140,7 @@ def make_encoder(folder):
     bert = BertModel(BertConfig(vocab_size=85, hidden_size=24, num_hidden_layers=2,
                                 num_attention_heads=3,
                                 intermediate_size=40, max_position_embeddings=300))
-    for name, p in bert.named_parameters():
-        if "embeddings.word" in name:
-            torch.nn.init.normal_(p, std=1.0)
+    torch.nn.init.normal_(bert.embeddings.word_embeddings.weight)
     bert.save_pretrained(folder / "bert")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     backbone = Backbone(str(folder / "bert"), max_seq_length=256)

@@ -108,11 +108,10 @@ def swap(model: llm.Transformer, log_alpha: Tensor, cost: Tensor, share: float,
     kept = order[z[order]]
     skipped = order[~z[order]]
     zs = [z]
-    for gates, there in ((kept[:WIDTH], -math.inf), (skipped[-WIDTH:], math.inf)):
-        for i in gates:
-            moved = log_alpha.clone()
-            moved[i] = there
-            zs.append(harden(moved, cost, share))
+    for i in (*kept[:WIDTH], *skipped[-WIDTH:]):
+        moved = log_alpha.clone()
+        moved[i] = -math.inf if z[i] else math.inf
+        zs.append(harden(moved, cost, share))
     losses = [evaluate.loss(model, z, texts) for z in zs]
     return zs[np.argmin(losses)]
 
@@ -161,7 +160,7 @@ def controls(given: argparse.Namespace, _) -> None:
     """
     rows = llm.read_json(Path(given.run) / "results.json")["rows"]
     loss = {row["name"]: -np.array(row["loglikelihood"]) for row in rows}
-    masks = [loss[name] for name in loss if name.startswith("igp-mask-")]
+    masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
     if not masks:
         raise UserError(f"{given.run} has no masks by themselves: run igp.py --matrix there first")
     n = np.array(rows[0]["tokens"])
@@ -201,20 +200,17 @@ def mix(given: argparse.Namespace, _) -> None:
 def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sub = parser.add_subparsers(required=True)
+    sub = parser.add_subparsers(required=True, dest="work")
     p = sub.add_parser("recipe")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
-    p.set_defaults(work=recipe_table)
-    p = sub.add_parser("controls")
-    p.add_argument("run")
-    p.set_defaults(work=controls)
+    sub.add_parser("controls").add_argument("run")
     p = sub.add_parser("mix")
     p.add_argument("file")
     p.add_argument("sources", nargs="+")
-    p.set_defaults(work=mix)
     given, flags = parser.parse_known_args()
-    return hub.guarded("study.py", partial(given.work, given, flags))
+    work = {"recipe": recipe_table, "controls": controls, "mix": mix}[given.work]
+    return hub.guarded("study.py", partial(work, given, flags))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
             data[changed] = 1
             path.write_bytes(data)
             seen.add(hub.fingerprint(path))
-    assert len(seen) == 9 and {len(x) for x in seen} == {16}
+    assert len(seen) == 9
 
 
 # ------------------------------------------------------------------ the hub, not answering
@@ -313,7 +313,7 @@ def test_what_cannot_be_made_is_one_line_and_leaves_nothing_half(wheel, monkeypa
 
 def test_the_cache_can_be_moved(monkeypatch, tmp_path):
     default = hub.Path.home() / ".cache"
-    for xdg, wanted in ((str(tmp_path), tmp_path), ("", default), ("x", default)):
+    for xdg, wanted in ((f"{tmp_path}", tmp_path), ("", default), ("x", default)):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
         assert runpy.run_path(hub.__file__)["CACHE"] == wanted / "ig-pruning"
 

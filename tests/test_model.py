@@ -13,8 +13,8 @@ import model as llm
 B = 2 * SIZES["num_hidden_layers"]
 HARD = torch.tensor([True, False, False, True, True, True])
 SOFT = torch.tensor([0.9, 0.2, 0.0, 0.7, 1.0, 0.4])
-EACH = torch.rand(4, B, generator=torch.Generator().manual_seed(2))  # per sequence
-EACH[1, 2] = 0                                                       # of one text alone
+EACH = torch.linspace(0.1, 1, 4 * B).view(4, B)               # per sequence
+EACH[1, 2] = 0                                                # of one text alone
 
 
 def load(folder, dtype=torch.float32):
@@ -46,22 +46,6 @@ def test_logits_equal_transformers_with_hooks(checkpoint, tokens, family, z, sto
     if z is not None:
         hook_gates(reference, z.float())
     assert_logits(ours, reference, tokens)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_z_equal_autograd_on_transformers(checkpoint, tokens, family):
-    folder, reference = checkpoint(family)
-    model, gradients = load(folder), []
-    for theirs in (False, True):
-        z = EACH.clone().requires_grad_()
-        if theirs:
-            hook_gates(reference, z)
-        out = reference(tokens).logits if theirs else model.head(model(tokens, z))
-        out.log_softmax(-1)[..., 5].mean().backward()
-        assert z.grad.abs().min() > 1e-6
-        gradients.append(z.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,18 +82,6 @@ def test_a_closed_block_launches_nothing(checkpoint, tokens, cached):
             model(tokens[:, :9], z, cache)
         counts.append(mode.n)
     assert counts[0] == counts[1] > 50
-
-
-def test_a_closed_block_has_the_bits_of_one_multiplied_by_zero(model, tokens):
-    """The first text's z is the same in both runs; the second's makes every block run in one."""
-    runs = []
-    for others in (SOFT - 0.3, torch.ones(B)):
-        leaf = torch.stack((SOFT - 0.3, others)).requires_grad_()
-        out = model.head(model(tokens[:2], leaf.clamp(0, 1)))[0]
-        out.logsumexp(-1).sum().backward()
-        runs.append((out, leaf.grad[0]))
-    torch.testing.assert_close(*runs, rtol=0, atol=0)
-    assert leaf.grad[0].count_nonzero() == 4
 
 
 def test_a_z_of_another_shape_is_refused(model, tokens):
@@ -166,29 +138,10 @@ def test_a_full_cache_and_an_attention_that_comes_back_are_refused(model, tokens
 def test_the_cache_holds_what_its_kept_attentions_need(checkpoint, dtype):
     """K and V, 2 heads of 10, float32 on a CPU in either dtype; attention 1 of 3 is closed."""
     model = load(checkpoint()[0], dtype)
-    for z, keep_kv, n in (
-            (None, False, 3),
-            (HARD, False, 2),
-            (HARD, True, 3)):
-        kv = model.new_cache(4, 31, z, keep_kv).kv
-        assert (kv[1] is None) == (n == 2)
-        there = [x for x in kv if x is not None]
-        assert [x.nbytes for x in there] == n * [2 * 4 * 2 * 31 * 10 * 4]
-
-
-@pytest.mark.parametrize(("family", "z"), [
-    ("llama", HARD),
-    ("llama3-scaled", None),
-    ("qwen3", SOFT),
-])
-def test_greedy_text_equals_transformers(checkpoint, family, z):
-    folder, reference = checkpoint(family)
-    model = load(folder)
-    hook_gates(reference, torch.ones(B) if z is None else z.float())
-    for prompt in ([3], [5, 9, 11, 3, 40]):
-        got = list(llm.generate(model, prompt, model.new_cache(1, 30, z)))
-        wanted = reference.generate(torch.tensor([prompt]), max_length=30, do_sample=False)
-        assert prompt + got == wanted[0].tolist()
+    for z, keep_kv in ((None, False), (HARD, False), (HARD, True)):
+        first, second, third = model.new_cache(4, 31, z, keep_kv).kv
+        assert first.nbytes == third.nbytes == 2 * 4 * 2 * 31 * 10 * 4
+        assert (second is None) == (z is HARD and not keep_kv)
 
 
 def test_generation_ends_with_eos_or_a_full_cache(checkpoint):

@@ -45,7 +45,7 @@ def test_route_is_brute_force(router):
     e = torch.randn(200, d_e)
     brute = torch.cdist(e, router.mu).argmin(1)
     assert torch.equal(routing.route(router, e.numpy()), brute)
-    with pytest.raises(UserError, match="7 wide, the router's centroids 1"):
+    with pytest.raises(UserError, match="7 wide, the router's centroids 24"):
         routing.route(router, np.ones((1, 7)))
 
 
