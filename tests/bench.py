@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import hook_gates  # which also finds the modules below
-from torch import Tensor
 
 import evaluate
 import hub
@@ -54,7 +53,7 @@ REPEATS = 15
 # ---------------------------------------------------------------------------- measuring
 
 
-def interleaved(runs: list, repeats: int) -> np.ndarray:
+def interleaved(runs, repeats):
     """Seconds (n, repeats) of n callables in turn, every other time in reverse."""
     seconds = np.zeros((len(runs), repeats + 2))
     turn = list(range(len(runs)))
@@ -67,7 +66,7 @@ def interleaved(runs: list, repeats: int) -> np.ndarray:
     return seconds[:, 2:]                                         # the first two warm up
 
 
-def row(what: str, unit: str, goal: float | None, ours, peer) -> dict:
+def row(what, unit, goal, ours, peer):
     """A line of the table. ours and peer: one number each, or one of every turn."""
     ratio = np.divide(ours, peer)
     low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
@@ -83,7 +82,7 @@ def row(what: str, unit: str, goal: float | None, ours, peer) -> dict:
     }
 
 
-def peak_bytes(step) -> int:
+def peak_bytes(step):
     """Most bytes that the tensors made by a step hold at once (weights not counted)."""
     with torch.profiler.profile(profile_memory=True) as profiled:
         step()
@@ -96,7 +95,7 @@ def peak_bytes(step) -> int:
 # ---------------------------------------------------------------------------- models
 
 
-def random_models(dtype: torch.dtype, sizes: dict) -> tuple:
+def random_models(dtype, sizes):
     """(ours, transformers' with sdpa), with the same random weights, in memory once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
@@ -111,7 +110,7 @@ def random_models(dtype: torch.dtype, sizes: dict) -> tuple:
     return ours.eval().requires_grad_(False), reference
 
 
-def embedded_models(dtype: torch.dtype) -> tuple:
+def embedded_models(dtype):
     """(ours, transformers' with sdpa) of the embedded default."""
     from transformers import LlamaForCausalLM
     folder = hub.model_folder(hub.EMBEDDED)
@@ -119,7 +118,7 @@ def embedded_models(dtype: torch.dtype) -> tuple:
     return llm.load(folder, "cpu", dtype), reference.eval().requires_grad_(False)
 
 
-def z_of(L: int, attention: int, ffn: int) -> Tensor:
+def z_of(L, attention, ffn):
     """A z that skips so many blocks of 30 and 30, scaled to L layers, spread over the depth."""
     z = torch.ones(L, 2, dtype=torch.bool)
     for column, n in enumerate((attention, ffn)):
@@ -128,7 +127,7 @@ def z_of(L: int, attention: int, ffn: int) -> Tensor:
     return z.flatten()
 
 
-def built_without(model: llm.Transformer, z: Tensor, longest: int):
+def built_without(model, z, longest):
     """The same weights as a chain of the kept blocks alone: run(tokens, start) -> logits (v,)."""
     chain, cache = [], model.new_cache(1, longest, z)
     for i, layer in enumerate(model.model.layers):
@@ -138,7 +137,7 @@ def built_without(model: llm.Transformer, z: Tensor, longest: int):
             chain.append((layer.post_attention_layernorm, layer.mlp, None))
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         x = model.model.embed_tokens(tokens)
         rope = llm.rope_angles(model.config, torch.arange(start, start + tokens.shape[1]))
         for norm, block, kv in chain:
@@ -149,12 +148,12 @@ def built_without(model: llm.Transformer, z: Tensor, longest: int):
     return run
 
 
-def cached(model: llm.Transformer, z: Tensor | None, longest: int):
+def cached(model, z, longest):
     """Our forward: run(tokens, start) -> logits (v,) of the last; start tokens are in the cache."""
     cache = model.new_cache(1, longest, z)
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         cache.length = start
         return model.head(model(tokens, z, cache)[0, -1])
 
@@ -167,7 +166,7 @@ def cached_by_transformers(reference):
     cache = DynamicCache()
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         nonlocal cache
         more = cache.get_seq_length() - start
         if start == 0:
@@ -182,7 +181,7 @@ def cached_by_transformers(reference):
 # ---------------------------------------------------------------------------- parts
 
 
-def forward(args: argparse.Namespace):
+def forward(args):
     """Logits of all positions, dense."""
     ours, reference = random_models(args.dtype, SMOLLM2)
     tokens = torch.randint(20, 49152, (b, w))
@@ -193,7 +192,7 @@ def forward(args: argparse.Namespace):
     yield row(f"forward {b} x {w}", "s", 1.03, *seconds)
 
 
-def training(args: argparse.Namespace):
+def training(args):
     """L_LM and its gradient by z, which is all but a thousandth of a training step.
 
     The peer is transformers with a hook on every block, and logits as a whole.
@@ -234,7 +233,7 @@ def clustering(_):
     yield row("kmeans, inertia", "sum", 1.001, inertia, peer.inertia_)
 
 
-def skipping(kind: str, shape: str, args: argparse.Namespace):
+def skipping(kind, shape, args):
     """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
 
     Dense against transformers, each mask against `built_without` and against dense, all in turn.
@@ -272,7 +271,7 @@ def skipping(kind: str, shape: str, args: argparse.Namespace):
             yield row(f"{what}, of dense (FLOPs {share:.3f})", "s", None, ours, dense)
 
 
-def router_share(args: argparse.Namespace):
+def router_share(args):
     """Eq. 1 and 9 of a text against its dense prefill."""
     folder = hub.model_folder(hub.EMBEDDED)
     encoder = routing.open_encoder(hub.encoder_folder(), "cpu", args.dtype)
@@ -290,7 +289,7 @@ def router_share(args: argparse.Namespace):
         yield row(f"router, of prefill smollm2 {n}", "s", None, *interleaved(runs, REPEATS))
 
 
-def harness(reference, folder: Path) -> tuple:
+def harness(reference, folder):
     """lm-evaluation-harness: (its wrapped model, task -> its requests)."""
     from golden.regenerate import read_rows_from
     from lm_eval.models.huggingface import HFLM
@@ -314,7 +313,7 @@ def harness(reference, folder: Path) -> tuple:
     return lm, requests
 
 
-def scoring(args: argparse.Namespace):
+def scoring(args):
     """log-likelihoods of all choices, tokenising included; a task of ours, then one of theirs."""
     if args.tasks_dir is None:
         raise SystemExit("bench.py: error: scoring needs --tasks-dir FOLDER with <task>.jsonl")
@@ -354,7 +353,7 @@ PARTS = {
 LONG = ("prefill-1b", "decode-1b", "scoring")  # only if asked for
 
 
-def main() -> None:
+def main():
     """Prints a Markdown table, with the goals that are missed."""
     short = [part for part in PARTS if part not in LONG]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

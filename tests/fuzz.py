@@ -63,7 +63,7 @@ LINES = ["", "{", "[]", "{}", "[" * 9999, '{"text": 3}', '{"text": ""}',
          r'{"text": "\ud800 w1 w2"}', '{"text": "w1 w2", "more": 1}']
 
 
-def flip(data: bytes, rng: random.Random, end: int) -> bytes:
+def flip(data, rng, end):
     """A few bytes before `end` replaced, or the tail cut off."""
     if rng.random() < 0.2:
         return data[:rng.randrange(end)]
@@ -74,7 +74,7 @@ def flip(data: bytes, rng: random.Random, end: int) -> bytes:
     return bytes(flipped)
 
 
-def edit(value, rng: random.Random):
+def edit(value, rng):
     """A JSON value with one of its parts removed or replaced by junk."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key = rng.choice(keys)
@@ -88,7 +88,7 @@ def edit(value, rng: random.Random):
     return value
 
 
-def damage(path: Path, rng: random.Random) -> str:
+def damage(path, rng):
     """Rewrites an input; returns how, in a word or two."""
     data, dice = path.read_bytes(), rng.random()
     if path.suffix == ".safetensors":
@@ -113,7 +113,7 @@ def damage(path: Path, rng: random.Random) -> str:
     return "bytes"
 
 
-def spoil(path: Path, rng: random.Random) -> str:
+def spoil(path, rng):
     """Cuts a run's file short, or overwrites its first bytes; returns which."""
     data = path.read_bytes()
     n = rng.choice([0, data.find(b"\n") + 1, rng.randrange(len(data))])
@@ -128,7 +128,7 @@ def spoil(path: Path, rng: random.Random) -> str:
 # ---------------------------------------------------------------------------- what is right
 
 
-def perplexity(root: Path, name: str) -> float:
+def perplexity(root, name):
     """transformers' own, on the judging fifth of the texts; of igp under the router's masks."""
     folder = root / "model"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -162,13 +162,13 @@ def perplexity(root: Path, name: str) -> float:
     return math.exp(loss / n)
 
 
-def rows_of(out: Path) -> dict[str, dict]:
+def rows_of(out):
     """name -> row of a run's results.json, but for what a clock measured."""
     rows = json.loads((out / "results.json").read_text())["rows"]
     return {row["name"]: row | {"seconds": None} for row in rows}
 
 
-def judge(kind: str, base: Path, root: Path) -> tuple[bool, str]:
+def judge(kind, base, root):
     """Whether a run's result is right, and what was looked at."""
     if kind == "run folder":
         return rows_of(root / "run") == rows_of(base / "run"), "rows as before"
@@ -187,7 +187,7 @@ def judge(kind: str, base: Path, root: Path) -> tuple[bool, str]:
 # ---------------------------------------------------------------------------- runs
 
 
-def watch() -> list[Path]:
+def watch():
     """A list that grows by what the process opens for writing, makes, renames or removes."""
     paths = []
 
@@ -201,7 +201,7 @@ def watch() -> list[Path]:
     return paths
 
 
-def call(root: Path, more: str) -> tuple[int | str, str]:
+def call(root, more):
     """igp.main's exit status, or the traceback; and its stderr."""
     err = io.StringIO()
     argv = (COMMAND + more).format(root=root).split()
@@ -213,7 +213,7 @@ def call(root: Path, more: str) -> tuple[int | str, str]:
     return status, err.getvalue()
 
 
-def one(kind: str, base: Path, root: Path, rng: random.Random, written: list) -> tuple[str, str]:
+def one(kind, base, root, rng, written):
     """An outcome, and what happened, for one damaged copy of base in root; written: of `watch`."""
     shutil.copytree(base, root)
     hub.CACHE = root / "cache"
@@ -243,7 +243,7 @@ def one(kind: str, base: Path, root: Path, rng: random.Random, written: list) ->
     return "FAILED", f"{what}: {status} {err}"
 
 
-def make_base(root: Path) -> None:
+def make_base(root):
     """Every input undamaged, a finished run, and a wheel with the leads, which hub.WHEELS names."""
     hub.CACHE = make_home(root)
     wheel = root / TARGETS["wheel"][0]
@@ -256,7 +256,7 @@ def make_base(root: Path) -> None:
     assert status == 0, err
 
 
-def main() -> int:
+def main():
     """Prints every failure and a count by kind; returns 1 if there is a failure."""
     [n] = map(int, sys.argv[1:] or [200])
     written, counts = watch(), Counter()

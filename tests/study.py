@@ -21,7 +21,6 @@ from pathlib import Path
 import conftest  # noqa: F401  it finds the modules below
 import numpy as np
 import torch
-from torch import Tensor
 
 import evaluate
 import hub
@@ -62,8 +61,7 @@ RECIPES = {
 }
 
 
-def train_mask(model: llm.Transformer, texts: list, recipe: igp.Recipe, variant: Variant,
-               generator: torch.Generator) -> Tensor:
+def train_mask(model, texts, recipe, variant, generator):
     """log_alpha (B,) of igp.train_mask, to the bit, but for the t and the u of a variant."""
     s_target, cost = recipe.s_target, recipe.cost
     start = math.log((1 - s_target) / s_target)
@@ -94,8 +92,7 @@ def train_mask(model: llm.Transformer, texts: list, recipe: igp.Recipe, variant:
     return log_alpha.detach()
 
 
-def swap(model: llm.Transformer, log_alpha: Tensor, cost: Tensor, share: float,
-         texts: list) -> Tensor:
+def swap(model, log_alpha, cost, share, texts):
     """z (B,) of `harden`, or the same with one gate moved over the threshold if texts favour it.
 
     Tried is each of the WIDTH kept gates nearest to the threshold, and of as many skipped ones;
@@ -116,8 +113,7 @@ def swap(model: llm.Transformer, log_alpha: Tensor, cost: Tensor, share: float,
     return zs[np.argmin(losses)]
 
 
-def train(model: llm.Transformer, texts: list, args: argparse.Namespace, variant: Variant,
-          seed: int) -> Tensor:
+def train(model, texts, args, variant, seed):
     """The z (B,) of one mask under a variant; texts: lists of token ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = igp.draw(texts, int(args.samples * variant.samples), generator)
@@ -131,7 +127,7 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, variant
     return harden(log_alpha, cost, share)
 
 
-def recipe_table(given: argparse.Namespace, flags: list[str]) -> None:
+def recipe_table(given, flags):
     """Prints a line a recipe as soon as it is there: the perplexity of each seed, and the mean."""
     args = parse(flags)
     folder = hub.model_folder(hub.resolve(args.model))
@@ -152,7 +148,7 @@ def recipe_table(given: argparse.Namespace, flags: list[str]) -> None:
 # ------------------------------------------------------------------ controls
 
 
-def controls(given: argparse.Namespace, _) -> None:
+def controls(given, _):
     """Routings of a run's masks side by side: perplexity, and how far above the best single mask.
 
     Best is here the mask whose perplexity is the lowest on these very texts, so that routing has
@@ -185,7 +181,7 @@ def controls(given: argparse.Namespace, _) -> None:
     print(evaluate.markdown(table))
 
 
-def mix(given: argparse.Namespace, _) -> None:
+def mix(given, _):
     """Writes a .jsonl with text and topic, as many texts of each source as the least has."""
     sources = {Path(name).stem: hub.calibration_texts(name, MIXED) for name in given.sources}
     n = min(map(len, sources.values()))
@@ -197,7 +193,7 @@ def mix(given: argparse.Namespace, _) -> None:
     print(f"{n} texts of each of {', '.join(sources)}")
 
 
-def main() -> int:
+def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     sub = parser.add_subparsers(required=True, dest="work")

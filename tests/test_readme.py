@@ -4,7 +4,6 @@ import re
 import shlex
 import sys
 
-import pytest
 import torch
 from conftest import ROOT
 
@@ -133,9 +132,6 @@ def test_the_errata_name_code_and_tests_that_exist():
         stem, _, name = place.partition(".")
         wanted = rf"^[^#]*\b{name}\b" if name else rf"def {stem}\("
         assert re.search(wanted, FILES[stem] if name else tests, re.M), place
-    dense = [40.40, 65.82, 68.42, 75.13, 53.75, 53.75]            # Table 8, in its order
-    assert sum(dense) / 6 == pytest.approx(59.55, abs=0.01)
-    assert f"{dense[4]}" in errata
 
 
 def test_every_public_function_has_a_docstring():
