@@ -16,11 +16,13 @@ import model as llm  # noqa: E402
 import router as routing  # noqa: E402
 
 # Every axis has a size of its own, so that a swapped one cannot pass; 6 * 10 heads are not 48 wide.
-SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
-         "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SIZES = json.loads("""{
+"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
+"max_position_embeddings": 128, "rms_norm_eps": 1e-5}""")
+LLAMA3_ROPE = json.loads("""{
+"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+"high_freq_factor": 4.0, "original_max_position_embeddings": 64}""")
 FAMILIES = ("llama", "llama3-scaled", "qwen3")
 
 
@@ -56,13 +58,11 @@ def make_golden_model():
 
 def hook_gates(reference, z):
     """Multiplies every block's output by its z (B,) or (b, B), inside the transformers model."""
-    def column(i):
-        return z[i] if z.ndim == 1 else z[:, i, None, None]
-
     for i, layer in enumerate(reference.model.layers):
         layer.self_attn.register_forward_hook(
-            lambda _m, _a, out, i=i: (out[0] * column(2 * i), *out[1:]))
-        layer.mlp.register_forward_hook(lambda _m, _a, out, i=i: out * column(2 * i + 1))
+            lambda _m, _a, out, i=i: (out[0] * z[..., 2 * i, None, None], *out[1:]))
+        layer.mlp.register_forward_hook(
+            lambda _m, _a, out, i=i: out * z[..., 2 * i + 1, None, None])
 
 
 @pytest.fixture
@@ -192,5 +192,5 @@ def make_home(root):
     functions = [f"def w{i}():\n    return {'w1 + ' * i}0\n\n" for i in range(30, 90)]
     (root / "torch/nn/a.py").write_text("".join(functions))
     for task, row in ROWS.items():
-        (root / f"tasks/{task}.jsonl").write_text("\n".join([json.dumps(row)] * 5) + "\n")
+        (root / f"tasks/{task}.jsonl").write_text(f"{json.dumps(row)}\n" * 5)
     return cache

@@ -89,40 +89,34 @@ def edit(value, rng):
 
 
 def damage(path, rng):
-    """Rewrites an input; returns how, in a word or two."""
+    """Rewrites an input."""
     data, dice = path.read_bytes(), rng.random()
+    after = flip(data, rng, len(data))
     if path.suffix == ".safetensors":
         end = 8 + int.from_bytes(data[:8], "little")
         if dice < 0.4:
             header = json.dumps(edit(json.loads(data[8:end]), rng)).encode()
-            path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-            return "header edited"
-        if dice < 0.6:
-            path.write_bytes(flip(data, rng, end))
-            return "header bytes"
+            after = len(header).to_bytes(8, "little") + header + data[end:]
+        elif dice < 0.6:
+            after = flip(data, rng, end)
     elif path.suffix == ".json" and dice < 0.7:
-        path.write_text(json.dumps(edit(json.loads(data), rng)))
-        return "edited"
+        after = json.dumps(edit(json.loads(data), rng)).encode()
     elif path.suffix == ".jsonl" and dice < 0.5:
         lines = data.decode().splitlines()
-        i = rng.randrange(len(lines))
-        lines[i] = rng.choice(LINES)
-        path.write_text("\n".join(lines))
-        return f"line {lines[i][:20]!r}"
-    path.write_bytes(flip(data, rng, len(data)))
-    return "bytes"
+        lines[rng.randrange(len(lines))] = rng.choice(LINES)
+        after = "\n".join(lines).encode()
+    path.write_bytes(after)
 
 
 def spoil(path, rng):
-    """Cuts a run's file short, or overwrites its first bytes; returns which."""
+    """Cuts a run's file short, or overwrites its first bytes."""
     data = path.read_bytes()
     n = rng.choice([0, data.find(b"\n") + 1, rng.randrange(len(data))])
+    after = data[:n]
     if rng.random() < 0.5:
-        path.write_bytes(data[:n])
-        return f"cut to {n} bytes"
-    n = 1 + n % 16
-    path.write_bytes(rng.randbytes(n) + data[n:])
-    return f"{n} bytes overwritten"
+        n = 1 + n % 16
+        after = rng.randbytes(n) + data[n:]
+    path.write_bytes(after)
 
 
 # ---------------------------------------------------------------------------- what is right
@@ -219,12 +213,13 @@ def one(kind, base, root, rng, written):
     hub.CACHE = root / "cache"
     pattern, more = TARGETS[kind]
     path = rng.choice(sorted(root.glob(pattern)))
+    what = f"{kind}: {path.name}"
     if rng.random() < 0.08:
         path.unlink()
-        how = "removed"
+    elif kind == "run folder":
+        spoil(path, rng)
     else:
-        how = spoil(path, rng) if kind == "run folder" else damage(path, rng)
-    what = f"{kind}: {path.name} {how}"
+        damage(path, rng)
     if kind == "wheel":                                           # put there by hand, not unpacked
         (hub.CACHE / "summaries_en-us.json").unlink()
         if path.exists():

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, LLAMA3_ROPE, SIZES, edit_json, hook_gates, make_reference
+from conftest import FAMILIES, SIZES, edit_json, hook_gates, make_reference
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -166,24 +166,26 @@ def test_generation_ends_with_eos_or_a_full_cache(checkpoint):
 # ------------------------------------------------------------------ config.json
 
 
-SCALING = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
-UNNAMED = {k: v for k, v in SCALING.items() if k not in ("rope_type", llm.ORIGINAL)}
+LLAMA3 = '"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0'
+TYPED = f'"rope_type": "llama3", "{llm.ORIGINAL}": 64, {LLAMA3}'
 
 
 @pytest.mark.parametrize("change", [
-    {"rope_scaling": SCALING},                                    # beside rope_parameters
-    {"rope_scaling": {}},
-    {"rope_scaling": UNNAMED | {"type": "llama3"}, "rope_theta": 700.0},
-    {"rope_parameters": None, "rope_theta": 700.0},
-    {"rope_parameters": LLAMA3_ROPE, "rope_theta": 700.0, llm.ORIGINAL: 16},
-    {"sliding_window": 4, "layer_types": ["full_attention"] * 3, "hidden_act": None},
+    f'{{"rope_scaling": {{{TYPED}}}}}',                           # beside rope_parameters
+    '{"rope_scaling": {}}',
+    f'{{"rope_scaling": {{"type": "llama3", {LLAMA3}}}, "rope_theta": 700.0}}',
+    '{"rope_parameters": null, "rope_theta": 700.0}',
+    f'{{"rope_parameters": {{"rope_theta": 1e4, {TYPED}}}, "rope_theta": 700.0,'
+    f' "{llm.ORIGINAL}": 16}}',
+    '{"sliding_window": 4, "hidden_act": null,'
+    ' "layer_types": ["full_attention", "full_attention", "full_attention"]}',
 ])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_fields_that_are_spelled_twice_are_read_as_transformers_reads_them(
         checkpoint, tokens, family, change):
     from transformers import AutoModelForCausalLM
     folder, _ = checkpoint(family)
-    edit_json(folder / "config.json", **change)
+    edit_json(folder / "config.json", **json.loads(change))
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert_logits(logits(load(folder), tokens), reference, tokens)
 
