@@ -30,15 +30,10 @@ from hardconcrete import prob_zero, sample_u, sample_z
 
 B = 6
 TEXTS = [list(range(n)) for n in (5, 3, 20, 4)]
+COST = torch.full((B,), 1 / B)
 RECIPE = igp.Recipe(
-    s_target=0.25,
-    cost=torch.full((B,), 1 / B),
-    gate="paper",
-    lr=0.2,
-    lr_lambda=2.0,
-    batch_size=4,
-    micro_batch=4,
-)
+    0.25, COST, "paper",
+    0.2, 2.0, 4, 4)                                               # rates, batch, micro-batch
 
 
 def seeded():

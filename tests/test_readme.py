@@ -127,7 +127,6 @@ def test_the_errata_name_code_and_tests_that_exist():
     errata = PAPER.split("own slips")[1]
     tests = "".join(map(read, (ROOT / "tests").glob("test_*.py")))
     places = re.findall(r"`([\w.]+)`", errata)
-    assert len(places) > 10
     for place in places:
         stem, _, name = place.partition(".")
         wanted = rf"^[^#]*\b{name}\b" if name else rf"def {stem}\("
@@ -136,9 +135,8 @@ def test_the_errata_name_code_and_tests_that_exist():
 
 def test_every_public_function_has_a_docstring():
     for stem, body in TREES.items():
-        classes = [x for x in body if isinstance(x, ast.ClassDef)]
-        methods = [x for node in classes for x in node.body]
-        for node in [*body, *methods]:
+        classes = [x.body for x in body if isinstance(x, ast.ClassDef)]
+        for node in sum(classes, body):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
                 assert ast.get_docstring(node), f"{stem}.{node.name}"
 
