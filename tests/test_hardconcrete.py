@@ -35,8 +35,9 @@ def test_the_two_gates_by_hand():
     """The paper's at log_alpha = 0; and that of CoFi's code, sigmoid(-1.5986 - log_alpha)."""
     p = prob_zero(torch.zeros(1), "paper")
     assert p.item() == pytest.approx(0.0267, abs=5e-5)
+    p = prob_zero(LOG_ALPHA, "louizos")
     cofi = torch.sigmoid(-1.5986 - LOG_ALPHA)
-    torch.testing.assert_close(prob_zero(LOG_ALPHA, "louizos"), cofi, rtol=0, atol=1e-5)
+    torch.testing.assert_close(p, cofi, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("u", [0.003, 0.4, 0.98])
@@ -47,7 +48,8 @@ def test_equations_4_to_6_written_out(u, gate):
         inner = 3 / 2 * (noise + LOG_ALPHA)
     s = 1 / (1 + (-inner).exp())
     wanted = (1.2 * s - 0.1).clamp(0, 1)
-    z = sample_z(LOG_ALPHA, torch.tensor(u), gate)
+    u = torch.tensor(u)
+    z = sample_z(LOG_ALPHA, u, gate)
     torch.testing.assert_close(z, wanted, rtol=0, atol=1e-6)
 
 
@@ -85,14 +87,17 @@ def test_hardening_skips_a_number_of_gates_exactly(s_target, n, skipped):
     share = whole_share(s_target, n)
     assert share == skipped / n
     log_alpha = torch.linspace(1, -1, n)
-    z = harden(log_alpha, torch.full((n,), 1 / n), share)
-    assert z[:n - skipped].all()
-    assert not z[n - skipped:].any()
+    cost = torch.full((n,), 1 / n)
+    z = harden(log_alpha, cost, share)
+    kept = n - skipped
+    assert z[:kept].all()
+    assert not z[kept:].any()
 
 
 def test_of_equal_log_alpha_the_lower_index_is_skipped():
-    log_alpha = torch.tensor([0.5, -1.0, 0.5, 0.5, 3.0, -2.0])
-    z = harden(log_alpha, torch.full((6,), 1 / 6), 0.5)
+    log_alpha = torch.tensor([5, -10, 5, 5, 30, -20])
+    cost = torch.full((6,), 1 / 6)
+    z = harden(log_alpha, cost, 0.5)
     assert z.tolist() == [0, 0, 1, 1, 1, 0]
 
 

@@ -104,7 +104,6 @@ def test_cached_decoding_equals_the_full_forward(checkpoint, tokens, family, z, 
     got = [logits(model, part, z, cache=cache) for part in parts]
     whole = logits(model, tokens, z)
     torch.testing.assert_close(torch.cat(got, 1), whole, rtol=0, atol=1e-4)
-    assert cache.length == 23
 
 
 @pytest.mark.parametrize("family", FAMILIES)
