@@ -14,6 +14,7 @@ Ratio is the median of ours / peer over the interleaved turns; spread is the ran
 half of those ratios. Run nothing beside it.
 """
 import argparse
+import json
 import tempfile
 import time
 from functools import partial
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import hook_gates  # which also finds the modules below
-from torch import Tensor
 
 import evaluate
 import hub
@@ -33,26 +33,14 @@ import model as llm
 import router as routing
 from run import parse
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-}
-LLAMA_1B = SMOLLM2 | {  # its RoPE would take as long
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+SMOLLM2 = json.loads("""{
+ "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+ "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+ "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+ "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}""")
+LLAMA_1B = SMOLLM2 | json.loads("""{
+ "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+ "num_attention_heads": 32, "num_key_value_heads": 8}""")  # its RoPE would take as long
 PROMPTS = (32, 128, 512)                # tokens
 SKIPPED = ((6, 2), (12, 4), (15, 7))    # of 30 and 30 attention and FFN blocks: 8, 16, 22 of 60
 STEPS = 16                              # tokens decoded in one measurement
@@ -65,19 +53,20 @@ REPEATS = 15
 # ---------------------------------------------------------------------------- measuring
 
 
-def interleaved(runs: list, repeats: int) -> np.ndarray:
+def interleaved(runs, repeats):
     """Seconds (n, repeats) of n callables in turn, every other time in reverse."""
     seconds = np.zeros((len(runs), repeats + 2))
+    turn = list(range(len(runs)))
     for i in range(repeats + 2):
-        turn = range(len(runs))
-        for j in turn if i % 2 else reversed(turn):
+        turn.reverse()
+        for j in turn:
             start = time.perf_counter()
             runs[j]()
             seconds[j, i] = time.perf_counter() - start
     return seconds[:, 2:]                                         # the first two warm up
 
 
-def row(what: str, unit: str, goal: float | None, ours, peer) -> dict:
+def row(what, unit, goal, ours, peer):
     """A line of the table. ours and peer: one number each, or one of every turn."""
     ratio = np.divide(ours, peer)
     low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
@@ -93,19 +82,20 @@ def row(what: str, unit: str, goal: float | None, ours, peer) -> dict:
     }
 
 
-def peak_bytes(step) -> int:
+def peak_bytes(step):
     """Most bytes that the tensors made by a step hold at once (weights not counted)."""
     with torch.profiler.profile(profile_memory=True) as profiled:
         step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return int(np.cumsum([e.nbytes() for e in events]).max())
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    _, sizes = np.transpose(sorted(changes))
+    return sizes.cumsum().max()
 
 
 # ---------------------------------------------------------------------------- models
 
 
-def random_models(dtype: torch.dtype, sizes: dict) -> tuple:
+def random_models(dtype, sizes):
     """(ours, transformers' with sdpa), with the same random weights, in memory once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
@@ -120,7 +110,7 @@ def random_models(dtype: torch.dtype, sizes: dict) -> tuple:
     return ours.eval().requires_grad_(False), reference
 
 
-def embedded_models(dtype: torch.dtype) -> tuple:
+def embedded_models(dtype):
     """(ours, transformers' with sdpa) of the embedded default."""
     from transformers import LlamaForCausalLM
     folder = hub.model_folder(hub.EMBEDDED)
@@ -128,7 +118,7 @@ def embedded_models(dtype: torch.dtype) -> tuple:
     return llm.load(folder, "cpu", dtype), reference.eval().requires_grad_(False)
 
 
-def z_of(L: int, attention: int, ffn: int) -> Tensor:
+def z_of(L, attention, ffn):
     """A z that skips so many blocks of 30 and 30, scaled to L layers, spread over the depth."""
     z = torch.ones(L, 2, dtype=torch.bool)
     for column, n in enumerate((attention, ffn)):
@@ -137,21 +127,19 @@ def z_of(L: int, attention: int, ffn: int) -> Tensor:
     return z.flatten()
 
 
-def built_without(model: llm.Transformer, z: Tensor, longest: int):
+def built_without(model, z, longest):
     """The same weights as a chain of the kept blocks alone: run(tokens, start) -> logits (v,)."""
-    chain, config = [], model.config
+    chain, cache = [], model.new_cache(1, longest, z)
     for i, layer in enumerate(model.model.layers):
         if z[2 * i]:
-            shape = (2, 1, config.num_key_value_heads, longest, config.head_dim)
-            kv = torch.empty(shape, dtype=llm.score_dtype(model.head_weight))
-            chain.append((layer.input_layernorm, layer.self_attn, kv))
+            chain.append((layer.input_layernorm, layer.self_attn, cache.kv[i]))
         if z[2 * i + 1]:
             chain.append((layer.post_attention_layernorm, layer.mlp, None))
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         x = model.model.embed_tokens(tokens)
-        rope = llm.rope_angles(config, torch.arange(start, start + tokens.shape[1]))
+        rope = llm.rope_angles(model.config, torch.arange(start, start + tokens.shape[1]))
         for norm, block, kv in chain:
             more = () if kv is None else (rope, None, kv, start)
             x = x + block(norm(x), *more)
@@ -160,12 +148,12 @@ def built_without(model: llm.Transformer, z: Tensor, longest: int):
     return run
 
 
-def cached(model: llm.Transformer, z: Tensor | None, longest: int):
+def cached(model, z, longest):
     """Our forward: run(tokens, start) -> logits (v,) of the last; start tokens are in the cache."""
     cache = model.new_cache(1, longest, z)
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         cache.length = start
         return model.head(model(tokens, z, cache)[0, -1])
 
@@ -178,7 +166,7 @@ def cached_by_transformers(reference):
     cache = DynamicCache()
 
     @torch.inference_mode()
-    def run(tokens: Tensor, start: int) -> Tensor:
+    def run(tokens, start):
         nonlocal cache
         more = cache.get_seq_length() - start
         if start == 0:
@@ -193,23 +181,18 @@ def cached_by_transformers(reference):
 # ---------------------------------------------------------------------------- parts
 
 
-def forward(args: argparse.Namespace):
+def forward(args):
     """Logits of all positions, dense."""
     ours, reference = random_models(args.dtype, SMOLLM2)
     tokens = torch.randint(20, 49152, (b, w))
 
-    @torch.inference_mode()
-    def run():
-        ours.head(ours(tokens))
-
-    @torch.inference_mode()
-    def peer():
-        reference(tokens, use_cache=False)
-
-    yield row(f"forward {b} x {w}", "s", 1.03, *interleaved([run, peer], REPEATS))
+    runs = [lambda: ours.head(ours(tokens)), partial(reference, tokens, use_cache=False)]
+    with torch.inference_mode():
+        seconds = interleaved(runs, REPEATS)
+    yield row(f"forward {b} x {w}", "s", 1.03, *seconds)
 
 
-def training(args: argparse.Namespace):
+def training(args):
     """L_LM and its gradient by z, which is all but a thousandth of a training step.
 
     The peer is transformers with a hook on every block, and logits as a whole.
@@ -232,8 +215,7 @@ def training(args: argparse.Namespace):
     yield row(f"{name}, peak of its tensors", "bytes", 0.5, peak_bytes(step), peak_bytes(peer))
     yield row(f"{name}, all gates open", "s", None, *interleaved([step, peer], REPEATS))
     z[:, torch.arange(CLOSED) * 60 // CLOSED] = 0
-    yield row(f"{name}, {CLOSED} of 60 closed", "s", 0.80,
-              *interleaved([step, peer], REPEATS))
+    yield row(f"{name}, {CLOSED} of 60 closed", "s", 0.80, *interleaved([step, peer], REPEATS))
 
 
 def clustering(_):
@@ -244,21 +226,21 @@ def clustering(_):
     e = centres[rng.integers(40, size=20_000)] + 1.5 * rng.normal(size=(20_000, 384))
     e = (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32)
     mu = kmeans.plus_plus(e, 16, rng)
-    peer = KMeans(16, init=mu, n_init=1, algorithm="lloyd", tol=0, max_iter=300)
+    peer = KMeans(16, init=mu, n_init=1, tol=0)
     runs = [partial(kmeans.lloyd, e, mu), partial(peer.fit, e)]
     yield row("kmeans, time", "s", 1.5, *interleaved(runs, REPEATS))
     _, _, inertia = kmeans.lloyd(e, mu)
     yield row("kmeans, inertia", "sum", 1.001, inertia, peer.inertia_)
 
 
-def skipping(kind: str, shape: str, args: argparse.Namespace):
+def skipping(kind, shape, args):
     """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
 
     Dense against transformers, each mask against `built_without` and against dense, all in turn.
     """
     large = shape == "llama-1b"
-    models = random_models(args.dtype, LLAMA_1B) if large else embedded_models(args.dtype)
-    model, reference = models
+    model, reference = (random_models(args.dtype, LLAMA_1B) if large
+                        else embedded_models(args.dtype))
     L = model.config.num_hidden_layers
     zs = [z_of(L, *skipped) for skipped in SKIPPED]
 
@@ -289,7 +271,7 @@ def skipping(kind: str, shape: str, args: argparse.Namespace):
             yield row(f"{what}, of dense (FLOPs {share:.3f})", "s", None, ours, dense)
 
 
-def router_share(args: argparse.Namespace):
+def router_share(args):
     """Eq. 1 and 9 of a text against its dense prefill."""
     folder = hub.model_folder(hub.EMBEDDED)
     encoder = routing.open_encoder(hub.encoder_folder(), "cpu", args.dtype)
@@ -297,20 +279,17 @@ def router_share(args: argparse.Namespace):
     tokenizer = hub.load_tokenizer(folder)
     leads = hub.calibration_texts("wikipedia", None)[:20]
     ids = tokenizer.encode(" ".join(x["text"] for x in leads)).ids
-    router = routing.Router(torch.randn(16, 384), torch.ones(16, 60).bool(), torch.ones(16, 60), {})
-
-    def work(text):
-        """Eq. 1 and 9."""
-        routing.route(router, routing.encode(encoder, [text]))
+    router = routing.Router(torch.randn(16, 384), None, None, {})
 
     for n in PROMPTS:
-        text = tokenizer.decode(ids[:n])
-        dense = partial(cached(model, None, n), torch.tensor([ids[:n]]), 0)
-        yield row(f"router, of prefill smollm2 {n}", "s", None,
-                  *interleaved([partial(work, text), dense], REPEATS))
+        tokens = torch.tensor([ids[:n]])
+        dense = cached(model, None, n)
+        texts = [tokenizer.decode(ids[:n])]
+        runs = [partial(igp.cluster_of, router, encoder, texts), partial(dense, tokens, 0)]
+        yield row(f"router, of prefill smollm2 {n}", "s", None, *interleaved(runs, REPEATS))
 
 
-def harness(reference, folder: Path) -> tuple:
+def harness(reference, folder):
     """lm-evaluation-harness: (its wrapped model, task -> its requests)."""
     from golden.regenerate import read_rows_from
     from lm_eval.models.huggingface import HFLM
@@ -325,17 +304,16 @@ def harness(reference, folder: Path) -> tuple:
         task.build_all_requests(rank=0, world_size=1)
         requests[name] = task.instances
     few = [x for task in requests.values() for x in task[::12]]
-    seconds = {}
-    for size in BATCH_SIZES:
-        lm.batch_size_per_gpu = size
+    seconds = []
+    for lm.batch_size_per_gpu in BATCH_SIZES:
         start = time.perf_counter()
         lm.loglikelihood(few, disable_tqdm=True)
-        seconds[size] = time.perf_counter() - start
-    lm.batch_size_per_gpu = min(seconds, key=seconds.get)
+        seconds.append(time.perf_counter() - start)
+    lm.batch_size_per_gpu = BATCH_SIZES[np.argmin(seconds)]
     return lm, requests
 
 
-def scoring(args: argparse.Namespace):
+def scoring(args):
     """log-likelihoods of all choices, tokenising included; a task of ours, then one of theirs."""
     if args.tasks_dir is None:
         raise SystemExit("bench.py: error: scoring needs --tasks-dir FOLDER with <task>.jsonl")
@@ -349,10 +327,11 @@ def scoring(args: argparse.Namespace):
         start = time.perf_counter()
         ours = evaluate.score(model, tokenizer, questions, None, "auto")
         middle = time.perf_counter()
-        peer = np.array([x for x, _ in lm.loglikelihood(theirs, disable_tqdm=True)])
+        peer = lm.loglikelihood(theirs, disable_tqdm=True)
         seconds += middle - start, time.perf_counter() - middle
-        peer = np.split(peer, np.cumsum([len(x) for x in ours])[:-1])
-        for question, x, y in zip(questions, ours, peer, strict=True):
+        values = iter(peer)
+        for question, x in zip(questions, ours, strict=True):
+            y = np.array([next(values)[0] for _ in x])
             other += evaluate.right(question, x) != evaluate.right(question, y)
         n += len(questions)
     what = f"scoring, batch size of the peer {lm.batch_size_per_gpu}"
@@ -374,7 +353,7 @@ PARTS = {
 LONG = ("prefill-1b", "decode-1b", "scoring")  # only if asked for
 
 
-def main() -> None:
+def main():
     """Prints a Markdown table, with the goals that are missed."""
     short = [part for part in PARTS if part not in LONG]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

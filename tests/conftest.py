@@ -1,5 +1,7 @@
 """One thread, the root on the path, `--embedded`, and the small models of the tests."""
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,12 +12,30 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import hub  # noqa: E402
+import model as llm  # noqa: E402
+import router as routing  # noqa: E402
+
 # Every axis has a size of its own, so that a swapped one cannot pass; 6 * 10 heads are not 48 wide.
-SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
-         "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES = ("llama", "llama3-scaled", "qwen3")
 
 
@@ -26,10 +46,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"                           # of torchrun's processes
     config.addinivalue_line("markers", "embedded: needs the embedded default's files")
-    option = config.option
-    if not option.embedded:
-        option.markexpr = option.markexpr or "not embedded"
+    if not config.option.embedded:
+        config.option.markexpr = config.option.markexpr or "not embedded"
 
 
 def make_reference(family: str, tied: bool = False, seed: int = 0, **sizes):
@@ -52,13 +72,11 @@ def make_golden_model():
 
 def hook_gates(reference, z):
     """Multiplies every block's output by its z (B,) or (b, B), inside the transformers model."""
-    def column(i):
-        return z[i] if z.ndim == 1 else z[:, i, None, None]
-
     for i, layer in enumerate(reference.model.layers):
         layer.self_attn.register_forward_hook(
-            lambda _m, _a, out, i=i: (out[0] * column(2 * i), *out[1:]))
-        layer.mlp.register_forward_hook(lambda _m, _a, out, i=i: out * column(2 * i + 1))
+            lambda _m, _a, out, i=i: (out[0] * z[..., 2 * i, None, None], *out[1:]))
+        layer.mlp.register_forward_hook(
+            lambda _m, _a, out, i=i: out * z[..., 2 * i + 1, None, None])
 
 
 @pytest.fixture
@@ -73,9 +91,14 @@ def checkpoint(tmp_path):
 
 
 @pytest.fixture
+def model(checkpoint):
+    """Ours, of the llama that `make_reference` makes."""
+    return llm.load(checkpoint()[0], "cpu", torch.float32)
+
+
+@pytest.fixture
 def tokens():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, SIZES["vocab_size"], (4, 23), generator=generator)
+    return torch.arange(92).view(4, 23)
 
 
 def edit_json(path, **changes):
@@ -100,22 +123,21 @@ def make_tokenizer(bos: bool = False):
 
 
 # One row of each task in the hub's schema, with its footguns.
-ROWS = {
-    "openbookqa": {"question_stem": "Atomic 26 is drawn to a device, it could be", "answerKey": "B",
-                   "choices": {"text": ["wood", "magnetized"], "label": ["A", "B"]}},
-    "winogrande": {"sentence": "People think _ is embarassed, because Samantha made snide comments "
-                               "about the shirt Rebecca was wearing. ",
-                   "option1": "Samantha", "option2": "Rebecca", "answer": "2"},
-    "hellaswag": {"activity_label": " Roof shingle removal", "ctx_a": "A man [header] sits.  He",
-                  "ctx_b": "STARTS Up [title] now", "endings": ["[substeps] Ask him.", "is   up."],
-                  "label": "1"},
-    "piqa": {"goal": "Remove seeds from  strawberries", "sol1": "use a straw", "sol2": "no ",
-             "label": 0},
-    "arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
-                 "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
-    "arc_challenge": {"question": "Q", "answerKey": " E",
-                      "choices": {"text": list("vwxyz"), "label": list("ABCDE")}}
-}
+ROWS = json.loads("""{
+"openbookqa": {"question_stem": "Atomic 26 is drawn to a device, it could be", "answerKey": "B",
+ "choices": {"text": ["wood", "magnetized"], "label": ["A", "B"]}},
+"winogrande": {"option1": "Samantha", "option2": "Rebecca", "answer": "2", "sentence":
+ "People think _ is embarassed, because Samantha made snide comments about the shirt Rebecca was \
+wearing. "},
+"hellaswag": {"activity_label": " Roof shingle removal", "ctx_a": "A man [header] sits.  He",
+ "ctx_b": "STARTS Up [title] now", "endings": ["[substeps] Ask him.", "is   up."], "label": "1"},
+"piqa": {"goal": "Remove seeds from  strawberries", "sol1": "use a straw", "sol2": "no ",
+ "label": 0},
+"arc_easy": {"question": "Which is the function of the gallbladder?", "answerKey": "1",
+ "choices": {"text": ["store bile", "b", "c"], "label": ["1", "2", "3"]}},
+"arc_challenge": {"question": "Q", "answerKey": " E",
+ "choices": {"text": ["v", "w", "x", "y", "z"], "label": ["A", "B", "C", "D", "E"]}}
+}""")
 
 
 def make_encoder(folder):
@@ -131,9 +153,7 @@ def make_encoder(folder):
     bert = BertModel(BertConfig(vocab_size=85, hidden_size=24, num_hidden_layers=2,
                                 num_attention_heads=3,
                                 intermediate_size=40, max_position_embeddings=300))
-    for name, p in bert.named_parameters():
-        if "embeddings.word" in name:
-            torch.nn.init.normal_(p, std=1.0)
+    torch.nn.init.normal_(bert.embeddings.word_embeddings.weight)
     bert.save_pretrained(folder / "bert")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     backbone = Backbone(str(folder / "bert"), max_seq_length=256)
@@ -143,23 +163,27 @@ def make_encoder(folder):
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory):
+def made(tmp_path_factory):
     """The folder of `make_home`, to be left as it is."""
     root = tmp_path_factory.mktemp("home")
     make_home(root)
     return root
 
 
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """The folder of `make_encoder`."""
-    return make_encoder(tmp_path_factory.mktemp("encoder"))
+@pytest.fixture(scope="module")
+def home(made):
+    """The same, while its cache is the program's; an encoder is opened once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "CACHE", made / "cache")
+        patch.setattr(routing, "open_encoder", functools.cache(routing.open_encoder))
+        yield made
 
 
 def make_home(root):
     """root/cache, a stand-in for ~/.cache/ig-pruning with tiny models, which is returned.
 
-    Beside it root/model in shards with an index, root/texts.jsonl, and root/tasks.
+    Beside it root/model in shards with an index, root/texts.jsonl, root/tasks, and root/torch, the
+    code of 60 functions.
     """
     cache, rng = root / "cache", np.random.default_rng(0)
     cache.mkdir(parents=True)
@@ -176,7 +200,10 @@ def make_home(root):
     (cache / "summaries_en-us.json").write_text(json.dumps(leads))
     texts = [json.dumps({"text": lead["extract"]}) for lead in leads.values()]
     (root / "texts.jsonl").write_text("\n".join(texts[:60]) + "\n")
-    (root / "tasks").mkdir()
+    for folder in ("tasks", "torch/nn"):
+        (root / folder).mkdir(parents=True)
+    functions = [f"def w{i}():\n    return {'w1 + ' * i}0\n\n" for i in range(30, 90)]
+    (root / "torch/nn/a.py").write_text("".join(functions))
     for task, row in ROWS.items():
-        (root / f"tasks/{task}.jsonl").write_text("\n".join([json.dumps(row)] * 5) + "\n")
+        (root / f"tasks/{task}.jsonl").write_text(f"{json.dumps(row)}\n" * 5)
     return cache

@@ -21,7 +21,6 @@ from pathlib import Path
 import conftest  # noqa: F401  it finds the modules below
 import numpy as np
 import torch
-from torch import Tensor
 
 import evaluate
 import hub
@@ -62,8 +61,7 @@ RECIPES = {
 }
 
 
-def train_mask(model: llm.Transformer, texts: list, recipe: igp.Recipe, variant: Variant,
-               generator: torch.Generator) -> Tensor:
+def train_mask(model, texts, recipe, variant, generator):
     """log_alpha (B,) of igp.train_mask, to the bit, but for the t and the u of a variant."""
     s_target, cost = recipe.s_target, recipe.cost
     start = math.log((1 - s_target) / s_target)
@@ -94,8 +92,7 @@ def train_mask(model: llm.Transformer, texts: list, recipe: igp.Recipe, variant:
     return log_alpha.detach()
 
 
-def swap(model: llm.Transformer, log_alpha: Tensor, cost: Tensor, share: float,
-         texts: list) -> Tensor:
+def swap(model, log_alpha, cost, share, texts):
     """z (B,) of `harden`, or the same with one gate moved over the threshold if texts favour it.
 
     Tried is each of the WIDTH kept gates nearest to the threshold, and of as many skipped ones;
@@ -108,17 +105,15 @@ def swap(model: llm.Transformer, log_alpha: Tensor, cost: Tensor, share: float,
     kept = order[z[order]]
     skipped = order[~z[order]]
     zs = [z]
-    for gates, there in ((kept[:WIDTH], -math.inf), (skipped[-WIDTH:], math.inf)):
-        for i in gates:
-            moved = log_alpha.clone()
-            moved[i] = there
-            zs.append(harden(moved, cost, share))
+    for i in (*kept[:WIDTH], *skipped[-WIDTH:]):
+        moved = log_alpha.clone()
+        moved[i] = -math.inf if z[i] else math.inf
+        zs.append(harden(moved, cost, share))
     losses = [evaluate.loss(model, z, texts) for z in zs]
     return zs[np.argmin(losses)]
 
 
-def train(model: llm.Transformer, texts: list, args: argparse.Namespace, variant: Variant,
-          seed: int) -> Tensor:
+def train(model, texts, args, variant, seed):
     """The z (B,) of one mask under a variant; texts: lists of token ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = igp.draw(texts, int(args.samples * variant.samples), generator)
@@ -132,7 +127,7 @@ def train(model: llm.Transformer, texts: list, args: argparse.Namespace, variant
     return harden(log_alpha, cost, share)
 
 
-def recipe_table(given: argparse.Namespace, flags: list[str]) -> None:
+def recipe_table(given, flags):
     """Prints a line a recipe as soon as it is there: the perplexity of each seed, and the mean."""
     args = parse(flags)
     folder = hub.model_folder(hub.resolve(args.model))
@@ -153,7 +148,7 @@ def recipe_table(given: argparse.Namespace, flags: list[str]) -> None:
 # ------------------------------------------------------------------ controls
 
 
-def controls(given: argparse.Namespace, _) -> None:
+def controls(given, _):
     """Routings of a run's masks side by side: perplexity, and how far above the best single mask.
 
     Best is here the mask whose perplexity is the lowest on these very texts, so that routing has
@@ -161,7 +156,7 @@ def controls(given: argparse.Namespace, _) -> None:
     """
     rows = llm.read_json(Path(given.run) / "results.json")["rows"]
     loss = {row["name"]: -np.array(row["loglikelihood"]) for row in rows}
-    masks = [loss[name] for name in loss if name.startswith("igp-mask-")]
+    masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
     if not masks:
         raise UserError(f"{given.run} has no masks by themselves: run igp.py --matrix there first")
     n = np.array(rows[0]["tokens"])
@@ -186,7 +181,7 @@ def controls(given: argparse.Namespace, _) -> None:
     print(evaluate.markdown(table))
 
 
-def mix(given: argparse.Namespace, _) -> None:
+def mix(given, _):
     """Writes a .jsonl with text and topic, as many texts of each source as the least has."""
     sources = {Path(name).stem: hub.calibration_texts(name, MIXED) for name in given.sources}
     n = min(map(len, sources.values()))
@@ -198,23 +193,20 @@ def mix(given: argparse.Namespace, _) -> None:
     print(f"{n} texts of each of {', '.join(sources)}")
 
 
-def main() -> int:
+def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sub = parser.add_subparsers(required=True)
+    sub = parser.add_subparsers(required=True, dest="work")
     p = sub.add_parser("recipe")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
-    p.set_defaults(work=recipe_table)
-    p = sub.add_parser("controls")
-    p.add_argument("run")
-    p.set_defaults(work=controls)
+    sub.add_parser("controls").add_argument("run")
     p = sub.add_parser("mix")
     p.add_argument("file")
     p.add_argument("sources", nargs="+")
-    p.set_defaults(work=mix)
     given, flags = parser.parse_known_args()
-    return hub.guarded("study.py", partial(given.work, given, flags))
+    work = {"recipe": recipe_table, "controls": controls, "mix": mix}[given.work]
+    return hub.guarded("study.py", partial(work, given, flags))
 
 
 if __name__ == "__main__":

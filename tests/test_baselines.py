@@ -2,44 +2,46 @@
 import itertools
 import math
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import hook_gates, make_reference
+from torch.nn.utils import parameters_to_vector
 
 import baselines
 import evaluate
 import model as llm
 
 L, k = 5, 2
-TEXTS = [list(range(i, i + 11)) for i in (3, 17, 40, 61, 80)]
-JOINED = sum(TEXTS, [])  # 55 tokens, all different
+JOINED = list(range(3, 58))                                       # tokens, all different
+TEXTS = [JOINED[i:i + 11] for i in range(0, 55, 11)]
 
 
 @pytest.fixture
 def model(checkpoint):
-    return llm.load(checkpoint("llama", num_hidden_layers=L)[0], "cpu", torch.float32)
+    folder, _ = checkpoint(num_hidden_layers=L)
+    return llm.load(folder, "cpu", torch.float32)
 
 
 def bare(L, longest=8192):
     """What a search reads of a model that computes nothing."""
-    config = SimpleNamespace(num_hidden_layers=L, max_position_embeddings=longest)
+    config = SimpleNamespace(
+        num_hidden_layers=L,
+        max_position_embeddings=longest)
     return SimpleNamespace(config=config)
 
 
 def search(model, texts=TEXTS, k=k, tied=False, cap=None):
-    return baselines.Search(model, iter(texts), k, tied, cap, np.random.default_rng(0))
-
-
-def change(monkeypatch, **constants):
-    for name, value in constants.items():
-        monkeypatch.setattr(baselines, name, value)
+    generator = np.random.default_rng(0)
+    return baselines.Search(model, iter(texts), k, tied, cap, generator)
 
 
 def mask(*layers, L=L):
-    return torch.tensor([i // 2 not in layers for i in range(2 * L)])
+    kept = [i not in layers for i in range(L)]
+    return torch.tensor(kept).repeat_interleave(2)
 
 
 @torch.no_grad()
@@ -47,150 +49,193 @@ def logits_of(z, texts):
     """transformers' logits (n, v) with gates hooked in, at all positions but each text's last."""
     reference = make_reference("llama", num_hidden_layers=L)
     hook_gates(reference, z)
-    return torch.cat([reference(torch.tensor([x])).logits[0, :-1] for x in texts])
+    found = []
+    for x in texts:
+        logits = reference(torch.tensor([x])).logits
+        found.append(logits[0, :-1])
+    return torch.cat(found)
 
 
 def mean_loss(z, texts):
-    targets = torch.tensor([y for x in texts for y in x[1:]])
-    return F.cross_entropy(logits_of(z, texts), targets).item()
+    targets = [y for x in texts for y in x[1:]]
+    logits = logits_of(z, texts)
+    return F.cross_entropy(logits, torch.tensor(targets)).item()
 
 
 def test_windows_are_cuts_of_the_joined_texts():
-    assert baselines.windows(search(bare(L)), 2, 20) == [JOINED[:20], JOINED[20:40]]
+    texts = itertools.chain(TEXTS, [None])                        # a sixth cannot be read
+    found = baselines.windows(search(bare(L, 12), texts), 2, 27)
+    assert found == [JOINED[:12], JOINED[12:24]]
     assert baselines.windows(search(bare(L)), 5, 99) == TEXTS     # 11 tokens each are there
     with pytest.raises(llm.UserError, match="55 tokens; 30 windows need 60"):
         baselines.windows(search(bare(L)), 30, 9)
 
 
-def test_windows_read_what_they_need_and_fit_the_model():
-    texts = itertools.chain(TEXTS, [None])                        # a sixth cannot be read
-    assert [len(x) for x in baselines.windows(search(bare(L, 12), texts), 2, 27)] == [12, 12]
-
-
 def test_sleb_is_brute_force_greedy(model, monkeypatch):
-    change(monkeypatch, SLEB=(3, 10))   # 3, then 2 goes; on its own 1 costs less than 2
-    texts, gone = baselines.windows(search(model), 3, 10), []
+    monkeypatch.setattr(baselines, "SLEB", (3, 10))
+    texts = [JOINED[i:i + 10] for i in (0, 10, 20)]
+    gone = []                            # 3, then 2 goes; on its own 1 costs less than 2
     for _ in range(k):
-        losses = {j: mean_loss(mask(*gone, j), texts) for j in (1, 2, 3) if j not in gone}
+        candidates = {1, 2, 3} - {*gone}
+        losses = {}
+        for j in candidates:
+            losses[j] = mean_loss(mask(*gone, j), texts)
         gone.append(min(losses, key=losses.get))
     z, tokens = baselines.sleb(search(model))
-    assert torch.equal(z, mask(*gone)) and tokens == (3 + 2) * 3 * 10
-    assert baselines.sleb(search(model, cap=60))[1] == (3 + 2) * 3 * 4
+    assert torch.equal(z, mask(*gone))
+    assert tokens == (3 + 2) * 3 * 10
+    given = search(model, cap=60)
+    _, tokens = baselines.sleb(given)
+    assert tokens == (3 + 2) * 3 * 4
 
 
 def test_sleb_spares_both_ends_and_the_first_of_equal_layers_goes(monkeypatch):
-    cost = torch.tensor([0.0, 2, 2, 2, 0])
-    monkeypatch.setattr(evaluate, "loss", lambda _m, z, _t: (~z[0::2]).float() @ cost)
-    assert torch.equal(baselines.sleb(search(bare(L)))[0], mask(1, 2))
-    assert baselines.lowest("abcd", [math.nan, 1, 0, 0], 3) == ["c", "d", "b"]
+    monkeypatch.setattr(evaluate, "loss", lambda _, z, texts: z[[0, -1]].sum())
+    z, _ = baselines.sleb(search(bare(L)))
+    assert torch.equal(z, mask(1, 2))
+    found = baselines.lowest("abcd", [math.nan, 1, 0, 0], 3)
+    assert found == ["c", "d", "b"]
 
 
-def test_the_published_costs(monkeypatch):
-    """SLEB on Llama-3-8B, k = 4, 12: 114, 294 evaluations; EvoPress, k = 8: 21 M tokens."""
-    monkeypatch.setattr(evaluate, "loss", lambda *_: 0.0)
-    for k, evaluations in ((4, 114), (12, 294)):
-        assert baselines.sleb(search(bare(32), [[0] * 8192], k))[1] == evaluations * 8192
-    assert baselines.STAGE_TOKENS == (2048, 2048, 32768)
-    # 8 * 24 / 1.5 = 128 generations
-    assert 128 * (baselines.OFFSPRING * 2048 + 3 * 32768) == pytest.approx(21e6, rel=0.01)
+def test_evopress_costs_what_was_published():
+    """Llama-3-8B, k = 8: 8 * 24 / 1.5 = 128 generations, 21 M tokens."""
+    _, kids, last = baselines.STAGE_TOKENS
+    generation = baselines.OFFSPRING * kids + 3 * last
+    assert 128 * generation == pytest.approx(21e6, rel=0.01)
 
 
 def test_ppl_scores_are_brute_force(model):
-    wanted = [math.exp(mean_loss(mask(j), TEXTS)) for j in range(L)]
-    assert baselines.ppl_scores(model, TEXTS) == (pytest.approx(wanted, rel=1e-4), L)
+    scores, forwards = baselines.ppl_scores(model, TEXTS)
+    assert forwards == L
+    for j, score in enumerate(scores):
+        loss = mean_loss(mask(j), TEXTS)
+        assert math.log(score) == pytest.approx(loss, rel=1e-4)
 
 
 def test_taylor_scores_are_autograd_written_out(model):
-    reference, tokens = make_reference("llama", num_hidden_layers=L), torch.tensor(TEXTS)
+    reference = make_reference("llama", num_hidden_layers=L)
+    tokens = torch.tensor(TEXTS)
     logits = reference(tokens).logits[:, :-1]
     F.cross_entropy(logits.mT, tokens[:, 1:]).backward()
-    wanted = [sum((p * p.grad).abs().sum().item() for p in layer.parameters())
-              for layer in reference.model.layers]
-    assert baselines.taylor_scores(model, TEXTS) == (pytest.approx(wanted, rel=1e-3), 3)
+    scores, forwards = baselines.taylor_scores(model, TEXTS)
+    assert forwards == 3
+    for layer, score in zip(reference.model.layers, scores, strict=True):
+        weights = parameters_to_vector(layer.parameters())
+        gradients = parameters_to_vector(p.grad for p in layer.parameters())
+        wanted = (weights * gradients).abs().sum().item()
+        assert score == pytest.approx(wanted, rel=1e-3)
     for p in model.parameters():
-        assert p.grad is None and not p.requires_grad and not p._post_accumulate_grad_hooks
+        assert p.grad is None and not p.requires_grad
+        assert not p._post_accumulate_grad_hooks
 
 
 def test_magnitude_scores_are_sums_of_absolute_weights(model):
-    state = model.state_dict()
-    wanted = [sum(x.abs().sum().item() for name, x in state.items() if f"layers.{j}." in name)
-              for j in range(L)]
-    assert baselines.magnitude_scores(model, TEXTS) == (pytest.approx(wanted, rel=1e-5), 0)
+    scores, forwards = baselines.magnitude_scores(model, TEXTS)
+    assert forwards == 0
+    for layer, score in zip(model.model.layers, scores, strict=True):
+        weights = parameters_to_vector(layer.parameters())
+        assert score == pytest.approx(weights.abs().sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("k, gone", [(1, [5]), (3, [5, 6, 7])])
-def test_shortened_drops_the_lowest_at_once_but_never_the_six(k, gone, monkeypatch):
-    change(monkeypatch, SHORTENED=(5, 11))
-    scores = [0.0, 1, 2, 3, 9, 6, 8, 6, 0, 0]              # layers 0-3, 8 and 9 would go first
-    z, tokens = baselines.shortened(lambda *_: (scores, 7), search(bare(10), k=k))
-    assert torch.equal(z, mask(*gone, L=10)) and tokens == 7 * 55
+def test_shortened_drops_the_lowest_at_once_but_never_the_six(monkeypatch):
+    monkeypatch.setattr(baselines, "SHORTENED", (5, 11))
+    scores = [0.0, 1, 2, 3, 9, 6, 8, 6, 0, 0]                     # 0-3, 8 and 9 would go first
+    given = search(bare(10))
+    z, tokens = baselines.shortened(lambda *_: (scores, 7), given)
+    assert torch.equal(z, mask(5, 7, L=10))
+    assert tokens == 7 * 55
 
 
 def test_rivals_have_their_scores_and_limits():
-    searches, never_dropped = zip(*baselines.RIVALS.values(), strict=True)
-    assert never_dropped == (2, 6, 6, 6, 1)
-    scores = [partial.args[0].__name__ for partial in searches[1:4]]
-    assert scores == ["ppl_scores", "taylor_scores", "magnitude_scores"]
+    for name in ("ppl", "taylor", "magnitude"):
+        partial, never_dropped = baselines.RIVALS[f"shortened-{name}"]
+        assert partial.args == (getattr(baselines, f"{name}_scores"),)
+        assert never_dropped == 6
+    assert baselines.RIVALS["sleb"] == (baselines.sleb, 2)
+    assert baselines.RIVALS["evopress"] == (baselines.evopress, 1)
 
 
 def test_divergence_is_kl_from_the_dense_model(model, monkeypatch):
     monkeypatch.setattr(evaluate, "HEAD_ROWS", 4)
-    texts, zs = [TEXTS[0], TEXTS[1][:6]], [mask(1), mask(0, 2), mask()]
-    dense, *pruned = [logits_of(z, texts).double().log_softmax(-1) for z in [mask(), *zs]]
-    wanted = [F.kl_div(q, dense, reduction="batchmean", log_target=True).item() for q in pruned]
-    got = baselines.divergences(model, zs, texts)
-    assert got == pytest.approx(wanted, abs=1e-5)
+    texts = [TEXTS[0], TEXTS[1][:6]]
+    zs = [mask(), mask(1), mask(0, 2)]
+    logits = [logits_of(z, texts) for z in zs]
+    log_p = torch.stack(logits).log_softmax(-1)                   # (3, positions, v)
+    kl = log_p[0].exp() * (log_p[0] - log_p)
+    wanted = kl.sum(2).mean(1).tolist()
+    found = baselines.divergences(model, zs, texts)
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_mutation_keeps_counts_and_switches_one_to_three(tied):
-    rng, z = np.random.default_rng(0), torch.ones(400, 2, dtype=torch.bool)
-    z[:200] = False                                               # so many that none is undone
+    rng = np.random.default_rng(0)
+    z = mask(*range(200), L=400)                                  # so many that none is undone
     switches = []
-    for _ in range(1500):
-        kid = baselines.mutate(z.flatten(), tied, rng).view(-1, 2)
-        assert (~kid).sum(0).tolist() == [200, 200]
-        switches.append((kid != z).sum().item() // 2 // (1 + tied))
-    assert np.bincount(switches) / 1500 == pytest.approx([0, 5 / 9, 3 / 9, 1 / 9], abs=0.05)
+    for _ in range(600):
+        kid = baselines.mutate(z, tied, rng)
+        assert kid[0::2].sum() == kid[1::2].sum() == 200
+        changed = (kid != z).sum().item()
+        one = 4 if tied else 2
+        switches.append(changed // one)
+    shares = 9 * np.bincount(switches) / 600
+    assert shares == pytest.approx([0, 5, 3, 1], abs=0.7)         # 4 sigma
 
 
-@pytest.mark.parametrize("tied, kids", [(False, 32), (True, 6)])
+@pytest.mark.parametrize("tied, kids", [
+    (False, 32),
+    (True, 6)])
 def test_evolution_finds_the_best_of_a_toy(tied, kids, monkeypatch):
     """The loss is the number of gates that differ from a target's."""
-    change(monkeypatch, STARTS=2, OFFSPRING=kids)
-    target, calls = torch.ones(6, 2, dtype=torch.bool), []
-    target[[0, 3], 0] = target[[0, 3] if tied else [1, 3], 1] = False
+    monkeypatch.setattr(baselines, "STARTS", 2)
+    monkeypatch.setattr(baselines, "OFFSPRING", kids)
+    target = torch.ones(6, 2, dtype=torch.bool)
+    other = 0 if tied else 1
+    target[[0, 3], 0] = False
+    target[[other, 3], 1] = False
+    calls = []
 
     def select(zs, stage):
         calls.append((stage, len(zs)))
         if stage == 0:
-            assert [torch.equal(z[0::2], z[1::2]) for z in zs] == [tied, tied]
+            for z in zs:
+                assert torch.equal(z[0::2], z[1::2]) == tied
         else:
-            assert len({tuple(z.tolist()) for z in zs}) == len(zs)
+            assert len(torch.stack(zs).unique(dim=0)) == len(zs)
         losses = [(z != target.flatten()).sum() for z in zs]
         return baselines.lowest(zs, losses, baselines.SURVIVORS[stage])
 
     z = baselines.evolve(select, search(bare(6), tied=tied), 12)
     assert torch.equal(z.view(6, 2), target)
-    assert calls == [(0, 2)] + [(1, kids), (2, 3)] * 12
+    generation = [(1, kids), (2, 3)]
+    assert calls == [(0, 2)] + generation * 12
 
 
-@pytest.mark.parametrize("cap, wanted", [
-    (None, [(7, 20)] + [(33, 20), (4, 50)] * 4),                  # 2 * 3 / 1.5 generations
-    # s = 474 / 3580: 4 s^(1/4) is 2.4 generations; s^(3/4) of 12, 20, 50 tokens is 2.6, 4.4, 10.97
-    (474, [(7, 3)] + [(33, 3), (4, 9)] * 2)])                     # in windows of 3
-def test_evopress_counts_its_tokens_and_keeps_to_the_cap(cap, wanted, model, monkeypatch):
-    change(monkeypatch, EVOPRESS=(5, 12), STARTS=6, STAGE_TOKENS=(20, 20, 50))
-    runs, divergences = [], baselines.divergences
+# (forwards, tokens) of each batch: of 2 * 3 / 1.5 generations; and where s = 474 / 3580:
+# 4 s^(1/4) is 2.4 of them, s^(3/4) of 12, 20, 50 tokens is 2.6, 4.4, 10.97, in windows of 3.
+@pytest.mark.parametrize("cap, start, generation, n", [
+    (None, (7, 20), [(33, 20), (4, 50)], 4),
+    (474, (7, 3), [(33, 3), (4, 9)], 2),
+])
+def test_evopress_counts_its_tokens_and_keeps_to_the_cap(cap, start, generation, n, model):
+    runs = []
+    divergences = baselines.divergences
 
     def record(model, zs, texts):
         values = divergences(model, zs, texts)
         runs.append((len(zs) + 1, sum(map(len, texts))))          # and the dense model
-        assert all(x[1] == JOINED[JOINED.index(x[0]) + 1] for x in texts)
+        for first, second, *_ in texts:
+            assert second == first + 1
         record.best = zs[values.argmin()]
         return values
 
-    monkeypatch.setattr(baselines, "divergences", record)
-    z, tokens = baselines.evopress(search(model, cap=cap))
-    assert torch.equal(z, record.best) and runs == wanted
-    assert tokens == sum(n * size for n, size in runs)
+    small = {
+        "EVOPRESS": (5, 12),
+        "STARTS": 6,
+        "STAGE_TOKENS": (20, 20, 50),
+    }
+    with patch.multiple(baselines, **small, divergences=record):
+        z, tokens = baselines.evopress(search(model, cap=cap))
+    assert torch.equal(z, record.best)
+    assert runs == [start] + generation * n
+    assert tokens == sum(math.prod(run) for run in runs)

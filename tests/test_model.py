@@ -13,17 +13,12 @@ import model as llm
 B = 2 * SIZES["num_hidden_layers"]
 HARD = torch.tensor([True, False, False, True, True, True])
 SOFT = torch.tensor([0.9, 0.2, 0.0, 0.7, 1.0, 0.4])
-EACH = torch.rand(4, B, generator=torch.Generator().manual_seed(2))  # per sequence
-EACH[1, 2] = 0                                                       # of one text alone
+EACH = torch.linspace(0.1, 1, 4 * B).view(4, B)               # per sequence
+EACH[1, 2] = 0                                                # of one text alone
 
 
 def load(folder, dtype=torch.float32):
     return llm.load(folder, "cpu", dtype)
-
-
-@pytest.fixture
-def model(checkpoint):
-    return load(checkpoint()[0])
 
 
 def logits(model, tokens, z=None, **kw):
@@ -38,43 +33,31 @@ def assert_logits(ours, reference, tokens):
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tied", "shards"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("z", "storage"), [
+    (None, (False, False)),                                       # tied, in shards
+    (HARD, (False, True)),
+    (SOFT, (True, False)),
+    (EACH, (True, True)),
+])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dense_logits_equal_transformers(checkpoint, tokens, family, tied, shards):
-    folder, reference = checkpoint(family, tied, shards)
-    assert_logits(logits(load(folder), tokens), reference, tokens)
-
-
-@pytest.mark.parametrize("z", [torch.ones(B), HARD, SOFT, EACH])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gated_logits_equal_transformers_with_hooks(checkpoint, tokens, family, z):
-    folder, reference = checkpoint(family)
+def test_logits_equal_transformers_with_hooks(checkpoint, tokens, family, z, storage):
+    folder, reference = checkpoint(family, *storage)
     ours = logits(load(folder), tokens, z)
-    hook_gates(reference, z.float())
+    if z is not None:
+        hook_gates(reference, z.float())
     assert_logits(ours, reference, tokens)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_z_equal_autograd_on_transformers(checkpoint, tokens, family):
-    folder, reference = checkpoint(family)
-    model = load(folder)
-    z_ours, z_theirs = EACH.clone().requires_grad_(), EACH.clone().requires_grad_()
-    hook_gates(reference, z_theirs)
-    both = (model.head(model(tokens, z_ours)), z_ours), (reference(tokens).logits, z_theirs)
-    for out, z in both:
-        out.log_softmax(-1)[..., 5].mean().backward()
-        assert z.grad.abs().min() > 1e-6
-    torch.testing.assert_close(z_ours.grad, z_theirs.grad, rtol=1e-4, atol=1e-6)
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_has_the_bits_of_transformers(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     ours, theirs = llm.RMSNorm(50, 1e-5), LlamaRMSNorm(50, 1e-5)
-    ours.weight.data = theirs.weight.data = torch.linspace(0.3, 1.7, 50).to(dtype)
-    x = torch.randn(500, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(ours(x), theirs(x)) and ours(x).dtype == dtype
+    weight = torch.linspace(0.3, 1.7, 50).to(dtype)
+    ours.weight.data = theirs.weight.data = weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 50, generator=generator).to(dtype)
+    assert ours(x).dtype == dtype
+    assert torch.equal(ours(x), theirs(x))
 
 
 class Launched(TorchDispatchMode):
@@ -91,8 +74,9 @@ class Launched(TorchDispatchMode):
 def test_a_closed_block_launches_nothing(checkpoint, tokens, cached):
     """As many operations as in a model of fewer layers."""
     counts = []
-    for n, z in ((2, [1.0] * 4), (3, [0.9, 0.2, 0.0, 0.0, 1.0, 1.0])):
-        model, z = load(checkpoint(num_hidden_layers=n)[0]), torch.tensor(z)
+    some = torch.tensor([0.9, 0.2, 0, 0, 1, 1])
+    for n, z in ((2, torch.ones(4)), (3, some)):
+        model = load(checkpoint(num_hidden_layers=n)[0])
         cache = model.new_cache(4, 23, z) if cached else None
         with torch.no_grad(), Launched() as mode:
             model(tokens[:, :9], z, cache)
@@ -100,22 +84,10 @@ def test_a_closed_block_launches_nothing(checkpoint, tokens, cached):
     assert counts[0] == counts[1] > 50
 
 
-def test_a_closed_block_has_the_bits_of_one_multiplied_by_zero(model, tokens):
-    """The first text's z is the same in both runs; the second's makes every block run in one."""
-    runs = []
-    for others in (SOFT - 0.3, torch.ones(B)):
-        leaf = torch.stack((SOFT - 0.3, others)).requires_grad_()
-        out = model.head(model(tokens[:2], leaf.clamp(0, 1)))[0]
-        out.logsumexp(-1).sum().backward()
-        runs.append((out, leaf.grad[0]))
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
-    assert runs[0][1].count_nonzero() == 4
-
-
-@pytest.mark.parametrize("shape", [(B - 1,), (3, B), (1, 4, B)])
-def test_a_z_of_another_shape_is_refused(model, tokens, shape):
-    with pytest.raises(ValueError, match="z is"):
-        model(tokens, torch.ones(shape))
+def test_a_z_of_another_shape_is_refused(model, tokens):
+    for shape in ((B - 1,), (3, B), (1, 4, B)):
+        with pytest.raises(ValueError, match="z is"):
+            model(tokens, torch.ones(shape))
 
 
 # ------------------------------------------------------------------ cache and generation
@@ -129,9 +101,9 @@ def test_cached_decoding_equals_the_full_forward(checkpoint, tokens, family, z, 
     model = load(checkpoint(family)[0])
     cache = model.new_cache(4, 25, z, keep_kv)
     parts = tokens.split([9, 5, 2, *[1] * 7], dim=1)
-    got = torch.cat([logits(model, part, z, cache=cache) for part in parts], dim=1)
-    torch.testing.assert_close(got, logits(model, tokens, z), rtol=0, atol=1e-4)
-    assert cache.length == 23
+    got = [logits(model, part, z, cache=cache) for part in parts]
+    whole = logits(model, tokens, z)
+    torch.testing.assert_close(torch.cat(got, 1), whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,22 +137,10 @@ def test_a_full_cache_and_an_attention_that_comes_back_are_refused(model, tokens
 def test_the_cache_holds_what_its_kept_attentions_need(checkpoint, dtype):
     """K and V, 2 heads of 10, float32 on a CPU in either dtype; attention 1 of 3 is closed."""
     model = load(checkpoint()[0], dtype)
-    for z, keep_kv, n in ((None, False, 3), (HARD, False, 2), (HARD, True, 3), (SOFT, False, 2)):
-        kv = model.new_cache(4, 31, z, keep_kv).kv
-        assert [x is None for x in kv] == [False, n == 2, False]
-        assert sum(x.nbytes for x in kv if x is not None) == n * 2 * 4 * 2 * 31 * 10 * 4
-
-
-@pytest.mark.parametrize("z", [None, HARD, SOFT])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_equals_transformers(checkpoint, family, z):
-    folder, reference = checkpoint(family)
-    model = load(folder)
-    hook_gates(reference, torch.ones(B) if z is None else z.float())
-    for prompt in ([3], [5, 9, 11, 3, 40]):
-        got = list(llm.generate(model, prompt, model.new_cache(1, 35, z)))
-        wanted = reference.generate(torch.tensor([prompt]), max_length=35, do_sample=False)
-        assert prompt + got == wanted[0].tolist()
+    for z, keep_kv in ((None, False), (HARD, False), (HARD, True)):
+        first, second, third = model.new_cache(4, 31, z, keep_kv).kv
+        assert first.nbytes == third.nbytes == 2 * 4 * 2 * 31 * 10 * 4
+        assert (second is None) == (z is HARD and not keep_kv)
 
 
 def test_generation_ends_with_eos_or_a_full_cache(checkpoint):
@@ -197,9 +157,6 @@ def test_generation_ends_with_eos_or_a_full_cache(checkpoint):
     assert len(free) == 10 and free[0] != free[4]
     assert text("config.json", free[4]) == free[:free.index(free[4]) + 1]
     assert text("generation_config.json", [96, free[0]]) == free[:1]
-    model = load(folder)
-    with pytest.raises(ValueError, match="do not fit"):
-        next(llm.generate(model, [3, 4], model.new_cache(1, 1)))
 
 
 # ------------------------------------------------------------------ config.json
@@ -246,28 +203,28 @@ def test_fields_that_are_spelled_twice_are_read_as_transformers_reads_them(
     ({"head_dim": 9}, "head_dim.*9"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings.* 'no'"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but"),
+    ({"eos_token_id": "</s>"}, "generation_config.json: eos_token_id is"),
+    ({"eos_token_id": [2, None]}, "generation_config.json: eos_token_id is"),
+    ({"eos_token_id": True}, "generation_config.json: eos_token_id is"),
 ])
 def test_a_config_that_changes_the_forward_is_refused_by_name(checkpoint, change, named):
     folder, _ = checkpoint()
-    edit_json(folder / "config.json", **change)
+    file = "generation_config.json" if "eos_token_id" in change else "config.json"
+    edit_json(folder / file, **change)
     with pytest.raises(llm.UserError, match=named):
         llm.check_weights(folder)
-
-
-@pytest.mark.parametrize("ids", ["</s>", [2, None], True])
-def test_end_of_text_ids_that_are_none_are_refused_by_name(checkpoint, ids):
-    folder, _ = checkpoint()
-    edit_json(folder / "generation_config.json", eos_token_id=ids)
-    with pytest.raises(llm.UserError, match="/generation_config.json: eos_token_id is"):
-        llm.read_config(folder)
 
 
 def test_a_byte_order_mark_is_no_data_and_what_is_not_utf8_or_no_object_is_named(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert llm.read_json(path) == {"a": 1} and llm.read_text(path) == '{"a": 1}'
-    for data, named in ((b"{\n\n\xff}", "x.json line 3 is not UTF-8"), (b"[1]", "x.json holds a"),
-                        (b"{", "x.json is not JSON"), (b"[" * 10**5, "x.json is not JSON")):
+    assert llm.read_json(path) == {"a": 1}
+    for data, named in (
+            (b"{\n\n\xff}", "x.json line 3 is not UTF-8"),
+            (b"[1]", "x.json holds a"),
+            (b"{", "x.json is not JSON"),
+            (b"[" * 10**5, "x.json is not JSON")):
         path.write_bytes(data)
         with pytest.raises(llm.UserError, match=named):
             llm.read_json(path)
@@ -275,22 +232,26 @@ def test_a_byte_order_mark_is_no_data_and_what_is_not_utf8_or_no_object_is_named
 
 # ------------------------------------------------------------------ weights
 
-
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM = "model.norm.weight"
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda t: t.pop("model.norm.weight"), "Missing.*model.norm.weight"),
-    (lambda t: t.update(extra=torch.ones(2)), "Unexpected.*extra"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(47)}), "model.norm.weight.*47.*48"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "quantised"),
+def rewrite(folder, changes):
+    """Replaces tensors of a checkpoint; None removes one."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: x for name, x in tensors.items() if x is not None}, path)
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({NORM: None}, f"Missing.*{NORM}"),
+    ({"extra": torch.ones(2)}, "Unexpected.*extra"),
+    ({NORM: torch.ones(47)}, f"{NORM}.*47.*48"),
+    ({NORM: torch.ones(48).byte()}, "quantised"),
 ])
-def test_wrong_tensors_are_named_before_a_weight_is_read(checkpoint, change, named):
+def test_wrong_tensors_are_named_before_a_weight_is_read(checkpoint, changes, named):
     folder, _ = checkpoint()
-    rewrite(folder, change)
+    rewrite(folder, changes)
     with pytest.raises(llm.UserError, match=named) as caught:
         llm.check_weights(folder)
     assert "\n" not in str(caught.value)
@@ -303,33 +264,26 @@ def test_more_layers_than_the_weights_hold_are_refused_before_they_are_made(chec
         llm.check_weights(folder)
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@pytest.mark.parametrize("change", [
-    lambda t: t.update({HEAD: t[EMBEDDING].clone()}),
-    lambda t: t.update({HEAD: t.pop(EMBEDDING)}),
-    lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}),
-])
-def test_a_tied_pair_may_have_either_name_and_old_buffers_are_left_aside(
-        checkpoint, tokens, change):
+def test_a_tied_pair_may_have_either_name_and_old_buffers_are_left_aside(checkpoint, tokens):
     folder, reference = checkpoint(tied=True)
-    rewrite(folder, change)
-    assert_logits(logits(load(folder), tokens), reference, tokens)
-
-
-def test_a_tied_model_with_a_head_of_its_own_is_refused(checkpoint):
-    folder, _ = checkpoint(tied=True)
-    rewrite(folder, lambda t: t.update({HEAD: t[EMBEDDING] + 0.01}))
+    head = reference.lm_head.weight.detach().clone()
+    for changes in (
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)},
+            {HEAD: head},
+            {EMBEDDING: None}):
+        rewrite(folder, changes)
+        assert_logits(logits(load(folder), tokens), reference, tokens)
+    rewrite(folder, {EMBEDDING: head + 0.01})
     with pytest.raises(llm.UserError, match="set tie_word_embeddings to false"):
         load(folder)
 
 
 def test_the_single_file_goes_before_an_index(checkpoint, tokens):
-    folder, reference = checkpoint(shards=True)
-    make_reference("llama", seed=1).save_pretrained(folder.parent / "new")
+    folder, _ = checkpoint(shards=True)
+    newer = make_reference("llama", seed=1)
+    newer.save_pretrained(folder.parent / "new")
     (folder.parent / "new/model.safetensors").rename(folder / "model.safetensors")
-    assert_logits(logits(load(folder), tokens), make_reference("llama", seed=1), tokens)
+    assert_logits(logits(load(folder), tokens), newer, tokens)
 
 
 def test_truncated_file_missing_shard_and_path_outside_the_folder(checkpoint):
@@ -347,7 +301,8 @@ def test_truncated_file_missing_shard_and_path_outside_the_folder(checkpoint):
 
 def test_weights_arrive_in_the_wanted_dtype_and_frozen(checkpoint):
     for p in load(checkpoint()[0], torch.bfloat16).parameters():
-        assert p.dtype == torch.bfloat16 and not p.requires_grad and not p.is_meta
+        assert p.dtype == torch.bfloat16
+        assert not p.requires_grad and not p.is_meta
 
 
 # ------------------------------------------------------------------ cost
@@ -355,15 +310,19 @@ def test_weights_arrive_in_the_wanted_dtype_and_frozen(checkpoint):
 LLAMA3_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False,
                        (128001,))
 TABLE_2 = [  # blocks skipped: attention + FFN, TFLOP printed in the paper
-    (0, 0, 32.94), (2, 0, 32.66), (14, 0, 31.01), (14, 2, 29.57), (15, 5, 27.27), (18, 8, 24.69)]
+    (0, 0, 32.94),
+    (2, 0, 32.66),
+    (14, 0, 31.01),
+    (14, 2, 29.57),
+    (15, 5, 27.27),
+    (18, 8, 24.69)]
 
 
 def cost(n_attention, n_ffn, rule="table2"):
     """TFLOP of 2048 tokens of Llama-3-8B without so many blocks."""
-    z = torch.ones(64, dtype=torch.bool)
-    z[0:2 * n_attention:2] = False
-    z[1:2 * n_ffn:2] = False
-    return llm.flops(LLAMA3_8B, 2048, z, rule) / 1e12
+    z = torch.ones(32, 2, dtype=torch.bool)
+    z[:n_attention, 0] = z[:n_ffn, 1] = False
+    return llm.flops(LLAMA3_8B, 2048, z.flatten(), rule) / 1e12
 
 
 def test_table_2():
@@ -373,29 +332,36 @@ def test_table_2():
     """
     for n_attention, n_ffn, tera in TABLE_2:
         assert abs(cost(n_attention, n_ffn) - tera) < 0.006
-    assert [round(100 * cost(*n) / cost(0, 0), 1) for n in ((2, 0), (18, 8))] == [99.2, 75.0]
+    for skipped, percent in (((2, 0), 99.2), ((18, 8), 75.0)):
+        assert round(100 * cost(*skipped) / cost(0, 0), 1) == percent
 
 
 def test_whole_layers_cost_their_share_and_skipping_is_really_free():
-    ratios = [cost(n, n, "free") / cost(0, 0) for n in (4, 8, 12)]
-    assert [round(100 * r, 1) for r in ratios] == [88.3, 76.6, 64.9]
+    ratio = cost(8, 8, "free") / cost(0, 0)
+    assert round(100 * ratio, 1) == 76.6
     with pytest.raises(ValueError, match="cheap"):
         cost(0, 0, "cheap")
 
 
+# Sizes as the checkpoints' config.json print them; counts as their model cards do.
 @pytest.mark.parametrize(("config", "parameters", "tera"), [
-    # model_type, d, L, h, h_kv, head_dim (None: not in the file), f, v, tied
-    (("llama", 4096, 32, 32, 8, None, 14336, 128256, False), 8_030_261_248, 32.9381),
-    (("llama", 4096, 32, 32, None, None, 11008, 32000, False), 6_738_415_616, 29.2616),
-    (("llama", 3072, 28, 24, 8, 128, 8192, 128256, True), 3_212_749_824, 14.6018),
-    (("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False), 8_190_735_360, 33.4728),
+    ('{"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256,'
+     ' "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}',
+     8_030_261_248, 32.9381),
+    ('{"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000,'
+     ' "num_attention_heads": 32, "intermediate_size": 11008}',
+     6_738_415_616, 29.2616),
+    ('{"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "vocab_size": 128256,'
+     ' "num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192,'
+     ' "head_dim": 128, "tie_word_embeddings": true}',
+     3_212_749_824, 14.6018),
+    ('{"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936,'
+     ' "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12288,'
+     ' "head_dim": 128}',
+     8_190_735_360, 33.4728),
 ])
 def test_published_families_have_their_parameters_and_flops(tmp_path, config, parameters, tera):
-    """Sizes as the checkpoints' config.json print them; counts as their model cards do."""
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-            "tie_word_embeddings")
-    (tmp_path / "config.json").write_text(json.dumps(dict(zip(keys, config, strict=True))))
+    (tmp_path / "config.json").write_text(config)
     read = llm.read_config(tmp_path)
     with torch.device("meta"):
         model = llm.Transformer(read)
@@ -410,4 +376,5 @@ def test_flops_equal_torchs_own_count(checkpoint, tokens, family, z):
     model = load(checkpoint(family)[0])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits(model, tokens, z)
-    assert counter.get_total_flops() == len(tokens) * llm.flops(model.config, tokens.shape[1], z)
+    b, t = tokens.shape
+    assert counter.get_total_flops() == b * llm.flops(model.config, t, z)

@@ -4,7 +4,6 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
-import numpy_port
 import pytest
 import torch
 from conftest import ROOT
@@ -14,6 +13,7 @@ KIT = ROOT / "tests/golden/port"
 sys.path.insert(0, str(KIT))
 import check  # noqa: E402
 import make  # noqa: E402
+import numpy_port  # noqa: E402
 import write  # noqa: E402
 
 MANIFEST = check.read_manifest()
@@ -62,7 +62,7 @@ def test_the_port_uses_a_third_of_its_tolerances(dtype):
 @pytest.mark.filterwarnings("ignore")
 def test_a_planted_mistake_is_found_at_its_place_and_named(line):
     place, mistake, changes = map(str.strip, line.split(" | ", 2))
-    source = (ROOT / "tests/numpy_port.py").read_text(encoding="utf-8")
+    source = (ROOT / "tests/golden/port/numpy_port.py").read_text(encoding="utf-8")
     for change in changes.split(" && "):
         old, _, new = change.partition(" =>")
         assert old in source

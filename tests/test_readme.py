@@ -1,15 +1,14 @@
 """README.md and docs/paper.md against the code: commands, flags, files, equations, tags."""
 import ast
-import functools
 import re
 import shlex
 import sys
 
-import pytest
+import torch
 from conftest import ROOT
 
+import baselines
 import hardconcrete
-import hub
 import igp
 import kmeans
 import router
@@ -43,13 +42,13 @@ def test_it_takes_five_minutes():
 
 def test_every_command_works(home, tmp_path, monkeypatch, capsys):
     """In the README's order, on the tiny models; .ci/run has what is about the environment."""
-    monkeypatch.setattr(hub, "CACHE", home / "cache")
-    monkeypatch.setattr(hub, "_functions", functools.cache(hub._functions))  # a second a time
+    monkeypatch.setattr(torch, "__file__", str(home / "torch/__init__.py"))  # whose code is read
+    monkeypatch.setattr(baselines, "OFFSPRING", 4)                # for speed
     monkeypatch.chdir(tmp_path)
     places = {
-        "tasks-dir FOLDER": f"tasks-dir {home / 'tasks'}",
-        "FOLDER": str(home / "model"),
-        "FILE": str(home / "texts.jsonl"),
+        "tasks-dir FOLDER": f"tasks-dir {home}/tasks",
+        "FOLDER": f"{home}/model",
+        "FILE": f"{home}/texts.jsonl",
     }
     blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
     for command in re.split(r"\n|&&", "".join(blocks).strip()):
@@ -62,7 +61,7 @@ def test_every_command_works(home, tmp_path, monkeypatch, capsys):
             assert (args.preset, args.calibration) == ("paper", "fineweb-edu")
         elif program == "python" and words[0] in MAINS:
             if words[0] == "igp.py":
-                words += ["--texts", "60", "--samples", "4", "--dtype", "float32"]
+                words += "--texts 40 --samples 4 --judged 9 --dtype float32".split()
             monkeypatch.setattr(sys, "argv", words)
             assert not MAINS[words[0]](), command
             assert words[0] in CI
@@ -70,8 +69,7 @@ def test_every_command_works(home, tmp_path, monkeypatch, capsys):
             quiet = command.replace("pytest", "pytest -q").replace("install", "install --quiet")
             assert quiet in CI, command
     out = capsys.readouterr().out
-    for part in ("| igp-mask-1 |", "| evopress |", "Perplexity by cluster and mask", "P(z = 0)",
-                 "k* = ", "Cluster "):
+    for part in ("| igp-mask-1 |", "| evopress |", "P(z = 0)", "k* = ", "Cluster "):
         assert part in out
 
 
@@ -129,21 +127,16 @@ def test_the_errata_name_code_and_tests_that_exist():
     errata = PAPER.split("own slips")[1]
     tests = "".join(map(read, (ROOT / "tests").glob("test_*.py")))
     places = re.findall(r"`([\w.]+)`", errata)
-    assert len(places) > 10
     for place in places:
         stem, _, name = place.partition(".")
         wanted = rf"^[^#]*\b{name}\b" if name else rf"def {stem}\("
         assert re.search(wanted, FILES[stem] if name else tests, re.M), place
-    dense = [40.40, 65.82, 68.42, 75.13, 53.75, 53.75]            # Table 8, in its order
-    assert sum(dense) / 6 == pytest.approx(59.55, abs=0.01)
-    assert f"{dense[4]}" in errata
 
 
 def test_every_public_function_has_a_docstring():
     for stem, body in TREES.items():
-        classes = [x for x in body if isinstance(x, ast.ClassDef)]
-        methods = [x for node in classes for x in node.body]
-        for node in [*body, *methods]:
+        classes = [x.body for x in body if isinstance(x, ast.ClassDef)]
+        for node in sum(classes, body):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
                 assert ast.get_docstring(node), f"{stem}.{node.name}"
 

@@ -1,4 +1,4 @@
-"""What a port writes for check.py, here for tests/numpy_port.py: the model of a port's own script.
+"""What a port writes for check.py, here numpy_port.py: the model of a port's own script.
 
 Run:  python tests/golden/port/write.py FOLDER && python tests/golden/port/check.py FOLDER
 """
@@ -136,6 +136,5 @@ def vectors(port, dtype):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parents[1]))
     import numpy_port
     save_file(vectors(numpy_port, np.float32), Path(sys.argv[1]) / "port.safetensors")

@@ -495,7 +495,7 @@ def mistakes(kit, draws) -> dict:
         "z-mean": ("the gradient by z is divided by the texts once more", losses,
                    [(igp, "lm_gradient", mean_gradient)]),
         "rate-constant": ("log alpha's rate does not fall over the last 40 % of the steps",
-                          "training", [(igp, "CONSTANT", 1 - 1e-9)]),
+                          "training", [(igp, "FLAT", 1 - 1e-9)]),
         "start-zero": ("log alpha starts at 0; it starts at log((1 - s) / s)", "training",
                        [(igp, "math", zero_start)]),
         "start-turned": ("log alpha starts at log(s / (1 - s)); it is log((1 - s) / s)",

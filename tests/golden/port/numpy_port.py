@@ -1,6 +1,6 @@
 """Stages 1 and 2 of IG-Pruning in NumPy alone, with the gradients by hand: a port to learn from.
 
-Source: arXiv:2511.02213. In the order of docs/porting.md; golden/port/write.py runs all of it.
+Source: arXiv:2511.02213. In the order of docs/porting.md; write.py runs all of it.
 Left out: files, flags, sentence encoder, tokenizer, the cache of K and V; Qwen3's gradients.
 Dims:   b texts, t tokens, d width, f FFN width, v vocabulary; k key and value heads, g query heads
         that read each, e their width; L layers, B = 2L blocks; M points, N clusters. z = 1 keeps.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy import einsum
 from safetensors.numpy import load_file
 
-KIT = Path(__file__).parent / "golden/port"
+KIT = Path(__file__).parent
 
 # ---------------------------------------------------------------------------- gates, Eq. 3-7
 
