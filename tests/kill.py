@@ -1,18 +1,22 @@
 """Kills a small run with SIGKILL, early and late; the same command must then end the same.
 
-Run:  OMP_NUM_THREADS=1 python tests/kill.py [number of kills]    (20 if not given; not on Windows)
+Run:  OMP_NUM_THREADS=1 python tests/kill.py [number of kills] [processes]
+      (20 kills of one process if not given; not on Windows)
 Each time a fresh run folder: kill, run again to the end, and compare every file (but for what a
-clock measured) with those of a run that nothing disturbed. The models are tiny and made here.
+clock measured) with those of a run that nothing disturbed. The models are tiny and made here. Of
+several processes, which torchrun starts, one is killed; undisturbed is a run of one process.
 """
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from conftest import make_home
+from conftest import ROOT, make_home
 from safetensors.torch import load_file
 
 import hub
@@ -41,6 +45,21 @@ def run(out, seconds=None):
     return process.exitcode == 0
 
 
+def run_several(out, processes, seconds=None, killed=0):
+    """The same of torchrun's processes, of which one is killed."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+    words = COMMAND.format(root=out.parent, out=out).split()
+    cache = os.environ | {"XDG_CACHE_HOME": str(out.parent)}
+    command = [sys.executable, *torchrun, ROOT / "igp.py", *words]
+    process = subprocess.Popen(command, env=cache, stdout=-3, stderr=-3)  # to nowhere
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        children = subprocess.check_output(["pgrep", "-P", str(process.pid)])
+        os.kill(int(children.split()[killed]), signal.SIGKILL)
+    return process.wait() == 0
+
+
 def untimed(fields):
     """fields without what a clock measured."""
     return {key: value for key, value in fields.items() if key not in TIMES}
@@ -62,7 +81,9 @@ def state(folder):
 
 def main():
     """Prints a line a kill; returns the exit status: True (1) unless all runs end the same."""
-    [kills], same = map(int, sys.argv[1:] or [20]), 0
+    given = [int(x) for x in sys.argv[1:]]
+    kills, processes = given + [20, 1][len(given):]
+    same = 0
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(["igp", "sentence_transformers"])
     with tempfile.TemporaryDirectory() as folder:
@@ -71,11 +92,21 @@ def main():
         run(root / "warm")
         start = time.perf_counter()
         assert run(root / "whole")
-        whole, wanted = time.perf_counter() - start, state(root / "whole")
+        wanted = state(root / "whole")
+        if processes > 1:                                         # these import everything anew
+            (root / "ig-pruning").symlink_to(root / "cache")
+            start = time.perf_counter()
+            assert run_several(root / "several", processes)
+        whole = time.perf_counter() - start
         for i in range(kills):
             out, moment = root / f"run{i}", whole * (i + 0.5) / kills
-            run(out, moment)
-            same += run(out) and state(out) == wanted
+            if processes > 1:
+                run_several(out, processes, moment, i % processes)
+                done = run_several(out, processes)
+            else:
+                run(out, moment)
+                done = run(out)
+            same += done and state(out) == wanted
             print(f"killed after {moment:4.1f} of {whole:.1f} s; {same} of {i + 1} ended the same")
     return same < kills
 
