@@ -41,7 +41,8 @@ def search(model, texts=TEXTS, k=k, tied=False, cap=None):
 
 def mask(*layers, L=L):
     kept = [i not in layers for i in range(L)]
-    return torch.tensor(kept).repeat_interleave(2)
+    kept = torch.tensor(kept)
+    return kept.repeat_interleave(2)
 
 
 @torch.no_grad()
@@ -122,7 +123,8 @@ def test_taylor_scores_are_autograd_written_out(model):
     for layer, score in zip(reference.model.layers, scores, strict=True):
         weights = parameters_to_vector(layer.parameters())
         gradients = parameters_to_vector(p.grad for p in layer.parameters())
-        wanted = (weights * gradients).abs().sum().item()
+        product = weights * gradients
+        wanted = product.abs().sum().item()
         assert score == pytest.approx(wanted, rel=1e-3)
     for p in model.parameters():
         assert p.grad is None and not p.requires_grad
@@ -134,7 +136,8 @@ def test_magnitude_scores_are_sums_of_absolute_weights(model):
     assert forwards == 0
     for layer, score in zip(model.model.layers, scores, strict=True):
         weights = parameters_to_vector(layer.parameters())
-        assert score == pytest.approx(weights.abs().sum().item(), rel=1e-5)
+        wanted = weights.abs().sum().item()
+        assert score == pytest.approx(wanted, rel=1e-5)
 
 
 def test_shortened_drops_the_lowest_at_once_but_never_the_six(monkeypatch):
@@ -223,7 +226,8 @@ def test_evopress_counts_its_tokens_and_keeps_to_the_cap(cap, start, generation,
 
     def record(model, zs, texts):
         values = divergences(model, zs, texts)
-        runs.append((len(zs) + 1, sum(map(len, texts))))          # and the dense model
+        n = sum(map(len, texts))
+        runs.append((len(zs) + 1, n))                             # and the dense model
         for first, second, *_ in texts:
             assert second == first + 1
         record.best = zs[values.argmin()]

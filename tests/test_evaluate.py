@@ -130,8 +130,7 @@ def test_bos_as_the_tokenizer_does_always_or_never():
             (habit, "w1", "auto", [1, 3]),
             (habit, "w1", "off", [3]),
             (habit, "w1", 1, [1, 3]),
-            (habit, "<bos> w1", "auto", [1, 3]),                  # not doubled
-            (habit, "<bos> w1", 1, [1, 3])):
+            (habit, "<bos> w1", 1, [1, 3])):                      # not doubled
         assert evaluate.encode(tokenizer, text, bos) == ids
 
 
