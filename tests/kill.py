@@ -9,7 +9,6 @@ several processes, which torchrun starts, one is killed; undisturbed is a run of
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,8 +44,8 @@ def run(out, seconds=None):
     return process.exitcode == 0
 
 
-def run_several(out, processes, seconds=None, killed=0):
-    """The same of torchrun's processes, of which one is killed."""
+def run_several(out, processes, seconds=None, which="-o"):
+    """The same of torchrun's processes, of which the oldest (-o) or the newest (-n) is killed."""
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     words = COMMAND.format(root=out.parent, out=out).split()
     cache = os.environ | {"XDG_CACHE_HOME": str(out.parent)}
@@ -55,8 +54,7 @@ def run_several(out, processes, seconds=None, killed=0):
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        children = subprocess.check_output(["pgrep", "-P", str(process.pid)])
-        os.kill(int(children.split()[killed]), signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", which, "-P", str(process.pid)], check=True)
     return process.wait() == 0
 
 
@@ -81,9 +79,8 @@ def state(folder):
 
 def main():
     """Prints a line a kill; returns the exit status: True (1) unless all runs end the same."""
-    given = [int(x) for x in sys.argv[1:]]
-    kills, processes = given + [20, 1][len(given):]
-    same = 0
+    [kills, *more], same = map(int, sys.argv[1:] or [20]), 0
+    processes = sum(more) or 1
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(["igp", "sentence_transformers"])
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +98,7 @@ def main():
         for i in range(kills):
             out, moment = root / f"run{i}", whole * (i + 0.5) / kills
             if processes > 1:
-                run_several(out, processes, moment, i % processes)
+                run_several(out, processes, moment, ["-o", "-n"][i % 2])
                 done = run_several(out, processes)
             else:
                 run(out, moment)
