@@ -48,6 +48,23 @@ def test_logits_equal_transformers_with_hooks(checkpoint, tokens, family, z, sto
     assert_logits(ours, reference, tokens)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_z_and_greedy_text_equal_transformers(checkpoint, tokens, family):
+    folder, reference = checkpoint(family)
+    model = load(folder)
+    ours, theirs = EACH.clone().requires_grad_(), EACH.clone().requires_grad_()
+    hook_gates(reference, theirs)
+    for out, z in ((model.head(model(tokens, ours)), ours), (reference(tokens).logits, theirs)):
+        out.log_softmax(-1)[..., 5].mean().backward()
+        assert z.grad.abs().min() > 1e-6
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    theirs.data = HARD.float().expand(4, -1)
+    text = list(llm.generate(model, [5, 9], model.new_cache(1, 35, HARD)))
+    ids = torch.tensor([[5, 9]] * 4)                              # a row for each row of z
+    wanted = reference.generate(ids, max_length=35, do_sample=False)
+    assert [5, 9, *text] == wanted[0].tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_has_the_bits_of_transformers(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
