@@ -150,8 +150,9 @@ def lm_gradient(model: llm.Transformer, texts: list,
 #    of the second is step / steps, so that the last step's is just below 1.
 # 3. Sums and rates. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean
 #    over a step's predicted tokens, which sets its weight against L_s. Silent: a row of u for each
-#    text; one Adam for all, betas 0.9 and 0.999, eps 1e-8; log_alpha's rate is constant, then falls
-#    linearly (FLAT); the lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
+#    text; one Adam for all, betas 0.9 and 0.999, whose step is rate m / (sqrt(v) + 1e-8), m and v
+#    bias-corrected; log_alpha's rate is constant, then falls linearly (FLAT); the lambdas' rate is
+#    constant, and they are not clamped: lambda_2 only grows.
 # 4. How z is made binary when the training is over: hardconcrete.harden. The share that it reaches
 #    is rounded (whole_share), s_target is not.
 
