@@ -27,7 +27,8 @@ GATES = {"paper": (INV_BETA, 1.0), "louizos": (1 / INV_BETA, 1 / INV_BETA)}
 def sample_u(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Eq. 3: u ~ Uniform(EPS, 1 - EPS), float32 on the CPU, of `shape`.
 
-    torch draws a multiple of 2^-24, uniformly; it is scaled into the interval.
+    torch draws a multiple of 2^-24, uniformly; it is scaled into the interval. For ports without
+    torch's stream tests/golden/port has the draws as data.
     """
     return torch.rand(shape, generator=generator) * (1 - 2 * EPS) + EPS
 
@@ -78,7 +79,7 @@ def harden(log_alpha: Tensor, cost: Tensor, share: float) -> Tensor:
     """The binary z of Stage 2: the smallest log_alpha become 0 until their costs reach `share`.
 
     log_alpha (B,); cost (B,) float32 > 0 with sum 1; share 0-1, of `whole_share`, is the least that
-    they reach, up to ROUNDING. z boolean (B,). Of equal log_alpha the lower index is skipped first.
+    they reach, up to ROUNDING. z boolean (B,). Stable: of equal ones the lower index is skipped first.
     Silent: the paper does not say how z is binarised. With all costs 1/B this meets a number of
     blocks exactly.
     """

@@ -112,8 +112,8 @@ def lm_gradient(model: llm.Transformer, texts: list,
     add up. Returns a float and a tensor like z. The weights are frozen: of the backward pass only
     the half that carries gradients back to z is left: about two forwards in all, not three. A
     block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
-    Eq. 6 would not pass it on. In the model z is of the model's dtype. The head has a backward pass
-    of its own (leaf), so that logits exist for some positions at a time, never as a whole.
+    Eq. 6 would not pass it on. In the model z is rounded to the model's dtype; t takes it as it is.
+    The head has a backward pass of its own (leaf): logits exist for some positions at a time.
     """
     z = z.detach().requires_grad_()
     z.grad = torch.zeros_like(z)

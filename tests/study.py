@@ -101,7 +101,7 @@ def swap(model, log_alpha, cost, share, texts):
     of two almost equal gates ends on which side of the threshold is noise there.
     """
     z = harden(log_alpha, cost, share)
-    order = log_alpha.argsort()
+    order = log_alpha.argsort(stable=True)
     kept = order[z[order]]
     skipped = order[~z[order]]
     zs = [z]
