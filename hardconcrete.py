@@ -79,7 +79,7 @@ def harden(log_alpha: Tensor, cost: Tensor, share: float) -> Tensor:
     """The binary z of Stage 2: the smallest log_alpha become 0 until their costs reach `share`.
 
     log_alpha (B,); cost (B,) float32 > 0 with sum 1; share 0-1, of `whole_share`, is the least that
-    they reach, up to ROUNDING. z boolean (B,). Stable: of equal ones the lower index is skipped first.
+    they reach, up to ROUNDING. z boolean (B,). Of equal ones the lower index goes first (stable).
     Silent: the paper does not say how z is binarised. With all costs 1/B this meets a number of
     blocks exactly.
     """
