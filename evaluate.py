@@ -38,7 +38,7 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """log P(target) at each position, float32: hidden (n, d), targets (n,) -> (n,)."""
     parts = []
     for h, y in slices(hidden, targets):
-        log_p = model.head(h).log_softmax(-1, dtype=torch.float32)  # (HEAD_ROWS, v)
+        log_p = model.head(h).log_softmax(-1, dtype=torch.float32)  # (rows, v)
         column = y[:, None]
         parts.append(log_p.gather(1, column)[:, 0])
     return torch.cat(parts)

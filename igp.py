@@ -76,33 +76,6 @@ def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def gate_costs(config: llm.Config, budget: str,
-               granularity: str, length: int) -> Tensor:
-    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
-
-    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
-    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
-    (Sec. 4.3).
-    """
-    L = config.num_hidden_layers
-    if granularity == "layer":                                   # all alike, by blocks or FLOPs
-        return torch.full((L,), 1 / L)
-    cost = torch.ones(2 * L)
-    if budget == "flops":
-        one = torch.eye(2 * L, dtype=torch.bool)                 # row i keeps block i alone
-        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
-        saved = [llm.flops(config, length, z) - head for z in one]
-        cost = torch.tensor(saved).float()
-    return cost / cost.sum()
-
-
-def draw(texts: list, n: int, generator: torch.Generator) -> list:
-    """n of the texts in random order; where there are fewer, they come again in turn."""
-    M = len(texts)
-    order = torch.randperm(M, generator=generator)
-    return [texts[order[i % M]] for i in range(n)]
-
-
 def lm_gradient(model: llm.Transformer, texts: list,
                 z: Tensor, micro_batch: int) -> tuple:
     """L_LM(x; W * z) of Eq. 8, the mean cross-entropy of all predicted tokens; its gradient by z.
@@ -165,8 +138,6 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
     generator: on the CPU, for u, row by row. Returns log_alpha (B,), or (L,) if layers, and lambdas
     (2,), float32 on the CPU. Raises UserError when the loss is not finite, with the step.
     """
-    if not texts:
-        raise UserError("a cluster has no text of two tokens; use fewer --clusters")
     s_target, cost = recipe.s_target, recipe.cost
     start = math.log((1 - s_target) / s_target)
     log_alpha = torch.full_like(cost, start).requires_grad_()
@@ -238,6 +209,33 @@ def answer(run: Run, router: routing.Router) -> None:
 # ------------------------------------------------------------------ a run, stage by stage
 
 
+def gate_costs(config: llm.Config, budget: str,
+               granularity: str, length: int) -> Tensor:
+    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
+
+    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
+    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
+    (Sec. 4.3).
+    """
+    L = config.num_hidden_layers
+    if granularity == "layer":                                   # all alike, by blocks or FLOPs
+        return torch.full((L,), 1 / L)
+    cost = torch.ones(2 * L)
+    if budget == "flops":
+        one = torch.eye(2 * L, dtype=torch.bool)                 # row i keeps block i alone
+        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
+        saved = [llm.flops(config, length, z) - head for z in one]
+        cost = torch.tensor(saved).float()
+    return cost / cost.sum()
+
+
+def draw(texts: list, n: int, generator: torch.Generator) -> list:
+    """n of the texts in random order; where there are fewer, they come again in turn."""
+    M = len(texts)
+    order = torch.randperm(M, generator=generator)
+    return [texts[order[i % M]] for i in range(n)]
+
+
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
 
@@ -253,6 +251,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(seed)              # gives the order first, then u
     drawn = draw(texts, masks * args.samples, generator)
     drawn = tokenized(run.tokenizer, drawn, args.length)
+    if not drawn:
+        raise UserError("a cluster has no text of two tokens; use fewer --clusters")
     ids = [x["tokens"] for x in drawn] * args.epochs
     cost = gate_costs(run.config, args.budget, args.granularity, args.length)
     recipe = Recipe(args.sparsity, cost, args.gate, args.lr,
@@ -263,7 +263,7 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     per_gate = 2 * L // len(z)                                   # blocks: 1, or 2 if layers
     tokens = sum(len(x) - 1 for x in ids)
     return {
-        "log_alpha": log_alpha.repeat_interleave(per_gate),          # (B,)
+        "log_alpha": log_alpha.repeat_interleave(per_gate),      # (B,)
         "z": z.repeat_interleave(per_gate),                      # (B,)
         "lambdas": lambdas,
         "forward_tokens": torch.tensor(2 * tokens),              # a step is two forwards

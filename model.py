@@ -86,7 +86,7 @@ class Config:
     rope_scaling: dict | None     # None, or the four numbers of llama3 scaling
     tie_word_embeddings: bool     # the head is the embedding matrix
     eos_token_id: tuple           # ids that end a generated text; may be none
-    bos_token_id: int | None = None
+    bos_token_id: int | None = None  # for --bos on
 
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

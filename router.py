@@ -76,6 +76,7 @@ def encoder_flops(encoder, texts: list[str]) -> int:
 def route(router: Router, e: np.ndarray) -> Tensor:
     """Eq. 9: k* = arg min_k |e_x - c_k|^2 for each row of e (n, d_e); (n,) int64. Ties: lowest k.
 
+    A lone centroid wins unseen: it may be a placeholder.
     Eq. 10 is then M^x = router.z[k*].
     Silent: c_k is only said to be initialised with mu_k; no update is described, so c_k = mu_k.
     Raises UserError for embeddings of another width.

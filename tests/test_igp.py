@@ -128,8 +128,10 @@ def test_a_step_costs_two_forwards_and_never_holds_all_logits(model, monkeypatch
 
 
 def test_what_cannot_be_trained_is_named(model):
+    run = Mock(args=inputs.parse([]), config=model.config)
+    run.tokenizer.encode.return_value.ids = [5]                   # one token
     with pytest.raises(llm.UserError, match="a cluster has no text of two tokens"):
-        igp.train_mask(model, [], RECIPE, seeded())
+        igp.trained(run, "igp", 0, [{"text": "a"}])
     model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(llm.UserError, match="loss nan at step 0; try a lower --lr"):
         igp.train_mask(model, TEXTS, RECIPE, seeded())
