@@ -19,6 +19,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -461,7 +462,8 @@ def fitting(run: Run) -> int:
 def work(args) -> None:
     """A run, from its inputs to its report or to the answer to a prompt."""
     if torch.distributed.is_torchelastic_launched():             # torchrun: see run.once_each
-        torch.distributed.init_process_group("gloo")
+        patience = timedelta(days=30)                            # of who waits for another's mask
+        torch.distributed.init_process_group("gloo", timeout=patience)
     torch.backends.cuda.enable_cudnn_sdp(False)                  # it plans anew for every length
     run = open_run(args)
     writes = args.prompt is None or run.router is None
