@@ -250,7 +250,7 @@ def trained(given, kind, name, samples, seed):
 def stamp():
     """Of which program, where and when the pieces are; of the first one, if they took days."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    cpu = re.findall("model name\\s*: (.*)", llm.read_text("/proc/cpuinfo"))
+    cpu = re.findall("model name\\s*: (.*)", llm.read_text(Path("/proc/cpuinfo")))
     return [{
         "commit": commit.stdout.strip(),
         "machine": f"{len(cpu)} cores, {cpu[0]}",
