@@ -87,6 +87,13 @@ def without(L: int, layers: list) -> Tensor:
     return z.flatten()
 
 
+def loss(model: Transformer, z: Tensor, texts: list) -> float:
+    """Mean -log P, in nats, of all texts' tokens after their first, under one boolean z (B,)."""
+    logliks = evaluate.judge(model, texts, z.expand(len(texts), -1))
+    n = sum(len(x) - 1 for x in texts)
+    return float(-logliks.sum() / n)
+
+
 def sleb(search: Search) -> tuple:
     """k times: drop the layer whose loss is lowest when it is gone too; first minimum wins.
 
@@ -104,7 +111,7 @@ def sleb(search: Search) -> tuple:
     gone = []
     for _ in tqdm(range(k), "sleb", disable=None):
         candidates = [j for j in range(1, L - 1) if j not in gone]
-        losses = [evaluate.loss(model, without(L, [*gone, j]), texts) for j in candidates]
+        losses = [loss(model, without(L, [*gone, j]), texts) for j in candidates]
         gone += lowest(candidates, losses, 1)
     return without(L, gone), evaluations * sum(map(len, texts))
 
@@ -127,7 +134,7 @@ def shortened(scores_of, search: Search) -> tuple:
 def ppl_scores(model: Transformer, texts: list) -> tuple:
     """exp(loss) with the single layer j gone, for every j."""
     L = model.config.num_hidden_layers
-    losses = [evaluate.loss(model, without(L, [j]), texts) for j in range(L)]
+    losses = [loss(model, without(L, [j]), texts) for j in range(L)]
     return np.exp(losses), L
 
 
@@ -152,8 +159,7 @@ def taylor_scores(model: Transformer, texts: list) -> tuple:
             hooks.append(p.register_post_accumulate_grad_hook(partial(add, j)))
     tokens = torch.tensor(texts, device=model.head_weight.device)
     logits = model.head(model(tokens)[:, :-1]).flatten(0, 1)      # (b (t - 1), v)
-    loss = F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
-    loss.backward()
+    F.cross_entropy(logits.float(), tokens[:, 1:].flatten()).backward()
     for hook in hooks:
         hook.remove()
     model.requires_grad_(False)

@@ -10,8 +10,9 @@ Why packing is allowed: a causal token sees only what is left of it. The choices
         positions from the context's end. Each then computes what it would alone.
 """
 import re
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,10 +23,8 @@ from tqdm import tqdm
 
 from model import Transformer, UserError
 
-# Tokens of one batch, padding included, 4096 on devices of another kind. On a CPU few, whose
-# activations stay in its caches.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-HEAD_ROWS = 128  # positions that go through the head at a time on a CPU: (128, v) float32 at most
+BATCH_TOKENS = 1024  # of one batch, padding included: few, whose activations stay in a CPU's caches
+HEAD_ROWS = 128      # positions that go through the head at a time: (128, v) float32 at most
 
 
 def slices(hidden: Tensor, targets: Tensor) -> zip:
@@ -52,11 +51,11 @@ def loglikelihoods(model: Transformer, groups: list, z: Tensor | None,
     Each is a float64 sum of float32 log P over its tokens; no list of ids is empty. z None (dense)
     or boolean (n, B), one per group. A group is one sequence (`_pack`), or several if it is too
     long (`_fit`). Those of equal z run together, at most batch_tokens at a time (`_batches`; None:
-    BATCH_TOKENS), padded on the right, which a causal model cannot see.
+    BATCH_TOKENS, 16 times as many on a GPU), padded on the right, which a causal model cannot see.
     """
-    device = model.head_weight.device.type
     longest = model.config.max_position_embeddings
-    batch_tokens = batch_tokens or BATCH_TOKENS.get(device, 4096)
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS if model.head_weight.is_cpu else 16 * BATCH_TOKENS
     if z is None:
         z = torch.ones(len(groups), model.B, dtype=torch.bool)
     sequences, owners = [], []
@@ -67,16 +66,14 @@ def loglikelihoods(model: Transformer, groups: list, z: Tensor | None,
     masks, kinds = z[owners].unique(dim=0, return_inverse=True)   # kinds: each one's row of masks
     lengths = np.array([len(inputs) for inputs, _, _ in sequences])
     batches = list(_batches(lengths, kinds.numpy(), batch_tokens))
-    found = {}                                                    # sequence -> its choices' log P
+    found = [None] * len(sequences)                               # of each its choices' log P
     for batch in tqdm(batches, "evaluation", leave=False, disable=None):
         shared = masks[kinds[batch[0]]]                           # (B,) the z of them all
-        sums = _run(model, [sequences[p] for p in batch], shared)
-        found.update(zip(batch, sums, strict=True))
-    values = chain(*(found[p] for p in sorted(found)))            # the groups' order again
-    logliks = []
-    for _, choices in groups:
-        logliks.append(np.array([next(values) for _ in choices]))
-    return logliks
+        sums = iter(_run(model, [sequences[p] for p in batch], shared))
+        for p in batch:
+            found[p] = next(sums)
+    values = chain(*found)                                        # in the groups' order
+    return [np.array([next(values) for _ in choices]) for _, choices in groups]
 
 
 def _fit(context, choices, longest):
@@ -168,13 +165,6 @@ def judge(model: Transformer, texts: list, z: Tensor) -> np.ndarray:
     return np.concatenate(loglikelihoods(model, requests, z))
 
 
-def loss(model: Transformer, z: Tensor, texts: list) -> float:
-    """Mean -log P, in nats, of all texts' tokens after their first, under one boolean z (B,)."""
-    logliks = judge(model, texts, z.expand(len(texts), -1))
-    n = sum(len(x) - 1 for x in texts)
-    return float(-logliks.sum() / n)
-
-
 # ---------------------------------------------------------------------------- multiple choice
 
 
@@ -189,12 +179,12 @@ class Question:
 
 
 FIELDS = {  # task -> the fields read of a row in the hub's schema, the right choice's name last
-    "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
-    "winogrande": ("sentence", "option1", "option2", "answer"),
-    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "piqa": ("goal", "sol1", "sol2", "label"),
-    "arc_easy": ("question", "choices.text", "choices.label", "answerKey"),
-    "arc_challenge": ("question", "choices.text", "choices.label", "answerKey"),
+    "openbookqa": "question_stem choices.text choices.label answerKey",
+    "winogrande": "sentence option1 option2 answer",
+    "hellaswag": "activity_label ctx_a ctx_b endings label",
+    "piqa": "goal sol1 sol2 label",
+    "arc_easy": "question choices.text choices.label answerKey",
+    "arc_challenge": "question choices.text choices.label answerKey",
 }
 LISTS = ("choices.text", "choices.label", "endings")
 
@@ -206,7 +196,7 @@ def read_row(task: str, row: dict) -> Question:
     the blank, which is its first "_".
     Raises UserError, naming the field, for a row that is not in the task's schema.
     """
-    *names, last = FIELDS[task]
+    *names, last = FIELDS[task].split()
     values = [_field(row, name) for name in names]
     key = str(row.get(last)).lstrip()                             # the hub has 1, "1", "A" and " A"
     options = None
@@ -221,7 +211,7 @@ def read_row(task: str, row: dict) -> Question:
         activity, a, b, endings = values
         context = _clean(f"{activity}: {a} {b.capitalize()}")
         choices = [_clean(ending) for ending in endings]
-        labels = [str(i) for i in range(len(choices))]
+        labels = list("0123456789")
     elif task == "piqa":
         goal, *choices = values
         context = f"Question: {goal}\nAnswer:"
@@ -295,12 +285,9 @@ def score(model: Transformer, tokenizer: Tokenizer, questions: list, z: Tensor |
     owners = [i for i, parts in enumerate(groups) for _ in parts]
     if z is not None:
         z = z[owners]
-    values = iter(loglikelihoods(model, [*chain(*groups)], z))
-    logliks = []
-    for parts in groups:
-        own = [next(values) for _ in parts]
-        logliks.append(np.concatenate(own))
-    return logliks
+    logliks = loglikelihoods(model, [*chain(*groups)], z)
+    ends = np.cumsum([len(question.choices) for question in questions])
+    return np.split(np.concatenate(logliks), ends[:-1])
 
 
 def right(question: Question, loglik: np.ndarray) -> tuple:
@@ -325,11 +312,10 @@ def accuracy(questions: list, logliks: list) -> dict:
 
     Each is a mean p of `right`, with the standard error sqrt(p (1 - p) / (n - 1)), None for n = 1.
     """
-    hits = [right(question, x) for question, x in zip(questions, logliks, strict=True)]
-    n = len(hits)
+    n = len(questions)
     scores = {"n": n}
-    for i, key in enumerate(("acc", "acc_norm")):
-        values = [hit[i] for hit in hits]
+    accs, norms = zip(*map(right, questions, logliks), strict=True)
+    for key, values in {"acc": accs, "acc_norm": norms}.items():
         p = error = None
         if None not in values:
             p = sum(values) / n
@@ -345,19 +331,18 @@ def wiki_what(articles: list, judging: list, generator: np.random.Generator) -> 
     ones that have a topic and a description which does not repeat the title; distractors come from
     all articles.
     """
-    usable = []
+    pools, questions = defaultdict(set), []                       # topic -> descriptions
     for article in articles:
         description = article["description"] or ""
         told = article["title"].casefold() in description.casefold()
-        if description and not told and article["topic"] != "Uncategorized":
-            usable.append(article)
-    questions = []
+        if description and not told:
+            pools[article["topic"]].add(description)
+    pools["Uncategorized"].clear()
     for article in judging:
-        own, topic = article["description"], article["topic"]
-        others = {x["description"] for x in usable if x["topic"] == topic}
-        others -= {own}
-        if article in usable and len(others) >= 3:
-            choices = generator.choice(sorted(others), 3, replace=False).tolist()
+        own, pool = article["description"], pools[article["topic"]]
+        if own in pool and len(pool) > 3:
+            others = sorted(pool - {own})
+            choices = generator.choice(others, 3, replace=False).tolist()
             gold = int(generator.integers(4))
             choices.insert(gold, own)
             context = f"Question: What is {article['title']}?\nAnswer:"
@@ -394,8 +379,8 @@ def report(rows: list, topics: list) -> str:
     for igp in rows:
         if igp["name"] == "igp":
             masks = ["Masks, a cluster a row, layers from left to right (█ kept, · skipped):\n"]
-            both = zip_longest(igp["z"], topics, fillvalue="")
-            for k, (z, topic) in enumerate(both):
+            for k, z in enumerate(igp["z"]):
+                topic = topics[k] if topics else ""
                 masks.append(f"    {k:2}  {picture(z)}  {topic}")
             parts.append("\n".join(masks))
             if alone:
@@ -407,23 +392,22 @@ def _method(row, first):
     """A method's cells, in the layout of Table 1; then what it skips, costs, and gives.
 
     acc_norm, or acc where there is no other (WinoGrande), in percent, ± its standard error. Skipped
-    blocks are those of the one mask, or of the least and the most of several.
+    blocks are a mean over the masks.
     """
     z = np.array(row["z"])                                        # (N, B)
     cells = {"method": row["name"], "sparsity": f"{1 - z.mean():.1%}"}
     for task, scores in row["tasks"].items():
-        error = scores[_headline(scores) + "_stderr"]
+        value, error = _headline(scores)
         error = "-" if error is None else f"{100 * error:.2f}"
-        cells[f"{task} (n={scores['n']})"] = f"{100 * scores[_headline(scores)]:.2f} ± {error}"
+        cells[f"{task} (n={scores['n']})"] = f"{100 * value:.2f} ± {error}"
     if row["tasks"]:
         own, dense = _average(row), _average(first)
         cells["average"] = f"{100 * own:.2f}"
         of_dense = first["name"] == "dense" and dense > 0
         cells["% of dense"] = f"{own / dense:.2%}" if of_dense else "-"
     for j, kind in enumerate(("attention", "FFN")):
-        skipped = (1 - z[:, j::2]).sum(1)
-        few, many = skipped.min(), skipped.max()
-        cells[f"skipped {kind}"] = few if few == many else f"{few}-{many}"
+        skipped = (1 - z[:, j::2]).sum(1)                         # (N,)
+        cells[f"skipped {kind}"] = f"{skipped.mean():.3g}"
     cells["FLOPs"] = f"{row['flops_ratio']:.1%}"
     cells["FLOPs + router"] = f"{row['flops_ratio_with_router']:.1%}"
     cells["perplexity"] = f"{row['ppl']:.2f}"
@@ -432,14 +416,14 @@ def _method(row, first):
 
 
 def _headline(scores):
-    """Which score counts: acc_norm, or acc where there is no other."""
-    return "acc" if scores["acc_norm"] is None else "acc_norm"
+    """The score that counts, acc_norm, or acc where there is no other; and its standard error."""
+    key = "acc" if scores["acc_norm"] is None else "acc_norm"
+    return scores[key], scores[f"{key}_stderr"]
 
 
 def _average(row):
     """Mean over the tasks, 0-1."""
-    tasks = row["tasks"].values()
-    return np.mean([scores[_headline(scores)] for scores in tasks])
+    return np.mean([_headline(scores)[0] for scores in row["tasks"].values()])
 
 
 def _matrix(igp, alone):
@@ -454,7 +438,5 @@ def _matrix(igp, alone):
         row = {"cluster (texts)": f"{i} ({own.sum()})"}
         rows.append(row | {f"mask {j}": f"{x:.2f}" for j, x in enumerate(ppl)})
         best_served += np.argmin(ppl) == i
-    best = min(alone, key=lambda row: row["ppl"])
     return (f"Perplexity by cluster and mask:\n\n{markdown(rows)}\n\nIts own mask serves a cluster "
-            f"best (lowest on the diagonal) in {best_served} of {len(rows)} clusters. Routing has "
-            f"{igp['ppl']:.2f}, the best single mask for all, {best['name']}, {best['ppl']:.2f}.")
+            f"best (lowest on the diagonal) in {best_served} of {len(rows)} clusters.")

@@ -95,8 +95,8 @@ def route(router: Router, e: np.ndarray) -> Tensor:
 
 def save(router: Router, path: str | Path) -> None:
     """mu, z and log_alpha as safetensors, the identity as JSON in its metadata; no pickle."""
-    tensors = {"mu": router.mu, "z": router.z, "log_alpha": router.log_alpha}
-    identity = json.dumps(router.identity, sort_keys=True)
+    tensors = vars(router).copy()
+    identity = json.dumps(tensors.pop("identity"), sort_keys=True)
     write(path, to_bytes(tensors, {"igp": identity}))
 
 
@@ -122,7 +122,7 @@ def load(path: str | Path) -> Router:
     return Router(mu, z, log_alpha, identity)
 
 
-def main() -> None:
+def main():
     """Prints k* of a text (- is standard input) and the mask that it then runs under."""
     import argparse
 

@@ -91,7 +91,7 @@ def test_sleb_is_brute_force_greedy(model, monkeypatch):
 
 
 def test_sleb_spares_both_ends_and_the_first_of_equal_layers_goes(monkeypatch):
-    monkeypatch.setattr(evaluate, "loss", lambda _, z, texts: z[[0, -1]].sum())
+    monkeypatch.setattr(baselines, "loss", lambda _, z, texts: z[[0, -1]].sum())
     z, _ = baselines.sleb(search(bare(L)))
     assert torch.equal(z, mask(1, 2))
     found = baselines.lowest("abcd", [math.nan, 1, 0, 0], 3)
