@@ -1,14 +1,11 @@
 """What docs/results.md tells, from the first forward to the last figure, by one command.
 
 Run:  python tests/study.py results --calibration FILE --tasks-dir FOLDER --out FOLDER
-      python tests/study.py controls RUN_FOLDER
-Sets: results: runs of igp.py on FILE (FineWeb-Edu's texts in docs/results.md) and on its own texts;
-      masks of one kind of text each, judged on every kind; one mask trained in several ways; then,
-      with nothing beside it, the speed; and docs/ from all of it (document.py). Every piece is a
-      file in --out, and a file that exists is not made again: stop it, start it again, start it in
-      several shells or under torchrun.
-      controls: what the masks of a finished run (with --matrix) give under other routings than the
-      nearest centroid's, on its held-out texts.
+Sets: runs of igp.py on FILE (FineWeb-Edu's texts in docs/results.md) and on its own texts; masks of
+      one kind of text each, judged on every kind; one mask trained in several ways; then, with
+      nothing beside it, the speed; and docs/results.md from all of it (docs/document.py). Every
+      piece is a file in --out, and a file that exists is not made again: stop it, start it again,
+      start it in several shells or under torchrun.
 """
 import argparse
 import contextlib
@@ -36,8 +33,11 @@ import hub
 import igp
 import model as llm
 from hardconcrete import harden, lagrangian, prob_zero, sample_u, sample_z, whole_share
-from model import UserError
 from run import once, parse, tokenized
+
+DOCS = ROOT / "docs"
+sys.path.append(str(DOCS))
+import document  # noqa: E402
 
 SEEDS = (0, 1, 2)
 SIX = ",".join(evaluate.FIELDS)
@@ -52,8 +52,10 @@ RUNS = {
     "demo": "--method dense,static,igp",
     "demo-8": "--sparsity 0.1333 --method dense,static,igp --tasks=",
     "demo-22": "--sparsity 0.367 --method dense,static,igp --tasks=",
-    "8": f"--calibration {{texts}} --sparsity 0.1333 --tasks= --method static,igp,{RIVALS}",
-    "22": f"--calibration {{texts}} --sparsity 0.367 --tasks= --method static,igp,{RIVALS}",
+    "8": "--calibration {texts} --sparsity 0.1333 --no-matrix --tasks= "
+         f"--method static,igp,{RIVALS}",
+    "22": "--calibration {texts} --sparsity 0.367 --no-matrix --tasks= "
+          f"--method static,igp,{RIVALS}",
     "mixture": "--calibration {mixture} --sparsity 0.267 --clusters 4 --tasks= "
                "--method dense,static,igp",
 }
@@ -216,7 +218,7 @@ def mixture(given):
     return lines
 
 
-def losses(given, z, names=KINDS):
+def losses(given, z, names):
     """kind -> -log P in nats of each of its judging texts under one z (B,), and their tokens."""
     args, model, tokenizer = opened()
     found = {}
@@ -231,7 +233,7 @@ def losses(given, z, names=KINDS):
 def dense(given):
     """`losses` of the whole model."""
     _, model, _ = opened()
-    return [losses(given, torch.ones(model.B, dtype=torch.bool))]
+    return [losses(given, torch.ones(model.B, dtype=torch.bool), KINDS)]
 
 
 def trained(given, kind, name, samples, seed):
@@ -242,7 +244,7 @@ def trained(given, kind, name, samples, seed):
     args = parse([f"--sparsity={SHARES['16']}", f"--samples={samples}"])
     z, swapped, trace = train(model, texts, args, RECIPES[name], seed)
     return [
-        {"z": z.int().tolist(), "losses": losses(given, z)},
+        {"z": z.int().tolist(), "losses": losses(given, z, KINDS)},
         {"z": swapped.int().tolist(), "losses": losses(given, swapped, [kind])},
         trace,
     ]
@@ -338,42 +340,6 @@ def make(parts):
                 once(path, parts[path])
 
 
-# ------------------------------------------------------------------ controls
-
-
-def controls(given, _):
-    """Routings of a run's masks side by side: perplexity, and how far above the best single mask.
-
-    Best is here the mask whose perplexity is the lowest on these very texts, so that routing has
-    no easier rival. The difference is in nats a token, the mean over texts ± its standard error.
-    """
-    rows = llm.read_json(Path(given.run) / "results.json")["rows"]
-    loss = {row["name"]: -np.array(row["loglikelihood"]) for row in rows}
-    masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
-    if not masks:
-        raise UserError(f"{given.run} has no masks by themselves: run igp.py --matrix there first")
-    n = np.array(rows[0]["tokens"])
-    best = min(masks, key=np.sum)
-    ways = {
-        "nearest centroid (Eq. 9)": loss["igp"],
-        "best single mask": best,
-        "random mask, in expectation": np.mean(masks, 0),
-        "oracle: the best mask of each text": np.min(masks, 0),
-    }
-    if "static" in loss:
-        ways["static: N = 1, all tokens"] = loss["static"]
-    table = []
-    for name, values in ways.items():
-        gap = (values - best) / n.mean()
-        error = gap.std(ddof=1) / math.sqrt(len(gap))
-        table.append({
-            "routing": name,
-            "perplexity": f"{evaluate.perplexity(-values, n):.2f}",
-            "above the best single": f"{gap.mean():+.4f} ± {error:.4f}",
-        })
-    print(evaluate.markdown(table))
-
-
 def results(given):
     """Makes what is missing, then docs/."""
     if "RANK" in os.environ:                                      # a process of torchrun is alone
@@ -382,22 +348,20 @@ def results(given):
     make(pieces(given))
     make(later(given))
     make(alone(given))
+    document.write(given.out, sys.modules[__name__], DOCS)
 
 
 def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    sub = parser.add_subparsers(required=True, dest="work")
-    p = sub.add_parser("results")
+    p = parser.add_subparsers(required=True).add_parser("results")
     p.add_argument("--calibration", required=True, help="FineWeb-Edu's texts, or its hub name")
     p.add_argument("--alpaca", default="alpaca", help="Alpaca's texts; if not given, from the hub")
     p.add_argument("--tasks-dir", required=True, help="folder with <task>.jsonl")
     p.add_argument("--out", type=Path, required=True)
-    sub.add_parser("controls").add_argument("run", type=Path)
     given = parser.parse_args()
-    work = {"results": results, "controls": controls}[given.work]
-    return hub.guarded("study.py", partial(work, given))
+    return hub.guarded("study.py", partial(results, given))
 
 
 if __name__ == "__main__":

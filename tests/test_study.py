@@ -1,14 +1,18 @@
-"""study.py: its training is igp's, a swap finds the better mask, controls and mixes by hand."""
-import argparse
+"""study.py: its training is igp's, a swap finds the better mask, its page holds what was made."""
 import json
+import sys
 
 import numpy as np
+import pytest
 import study
 import torch
+from scipy import stats
 
 import baselines
+import document
 import igp
-from run import parse
+import run
+from run import once, parse
 
 TEXTS = json.loads(
     "[[5, 9, 11, 3, 40, 7], [7, 20, 21], [30, 31, 32, 33, 34, 35, 36], [1, 2], [9, 8, 7]]")
@@ -49,13 +53,57 @@ def test_a_swap_from_either_side_finds_the_best_mask(model):
         assert torch.equal(z, zs[best])
 
 
-def test_controls_by_hand(tmp_path, capsys):
-    (tmp_path / "results.json").write_text("""{"rows": [
+def test_routings_by_hand():
+    rows = json.loads("""[
 {"name": "igp", "loglikelihood": [-2, -9], "tokens": [2, 3]},
-{"name": "igp-mask-0", "loglikelihood": [-2, -12]},
-{"name": "igp-mask-1", "loglikelihood": [-4, -9]}]}""")
-    study.controls(argparse.Namespace(run=tmp_path), [])
-    lines = capsys.readouterr().out.splitlines()[2:]
+{"name": "igp-mask-0", "loglikelihood": [-2, -12], "tokens": [2, 3]},
+{"name": "igp-mask-1", "loglikelihood": [-4, -9], "tokens": [2, 3]}]""")
     losses = (11, 13, 13.5, 11)                                   # nearest, best, random, oracle
-    for line, x in zip(lines, losses, strict=True):
-        assert f" | {np.exp(x / 5):.2f} | {(x - 13) / 5:+.4f} ±" in line
+    for line, x in zip(document.routings(rows), losses, strict=True):
+        assert line["perplexity"] == f"{np.exp(x / 5):.2f}"
+        above = float(line["above the best single"].split()[0])
+        assert above == pytest.approx((x - 13) / 5, abs=0.05)
+
+
+def test_differences_are_paired():
+    """Against scipy: the mean and standard error of differences, not of two independent means."""
+    a, b, n = np.random.default_rng(0).normal(9, 1, (3, 20))
+    mean, error = document.gap(a, b, n)
+    assert mean == pytest.approx((a - b).mean() / n.mean())
+    assert error == pytest.approx(stats.sem(a - b) / n.mean())
+    own, other = {"x": a, "y": b[:9]}, {"x": b, "y": n[:9]}
+    mean, error = document.points(own, other)
+    first, second = stats.sem(a - b), stats.sem(b[:9] - n[:9])
+    assert error == pytest.approx(50 * np.hypot(first, second))
+    assert mean == pytest.approx(50 * ((a - b).mean() + (b[:9] - n[:9]).mean()))
+
+
+def test_one_command_makes_the_page_and_twice_the_same(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__file__", str(home / "torch/__init__.py"))  # whose code is read
+    small = {"texts": 40, "samples": 8, "length": 12, "judged": 9, "dtype": "float32"}
+    for flag, value in small.items():
+        monkeypatch.setitem(run.SETTINGS, flag, (value, *run.SETTINGS[flag][1:]))
+    runs = {name: flags.replace(study.RIVALS, "sleb") for name, flags in study.RUNS.items()}
+    monkeypatch.setattr(document, "NAMES", ("static", "igp", "sleb"))
+    said = {path: [60.0, "| a |"] for path in ("timed", "bench", "scoring")}
+    for name, value in {
+        "RUNS": runs, "SEEDS": (0, 1), "SAMPLES": (4, 8), "MIXED": 20, "DOCS": tmp_path,
+        "KINDS": ("code", "FineWeb-Edu"),
+        "alone": lambda given: {given.out / f"{x}.json": said[x].copy for x in said},
+    }.items():
+        monkeypatch.setattr(study, name, value)
+    texts = f"{home}/texts.jsonl"
+    command = ["study.py", "results", "--calibration", texts, "--alpaca", texts,
+               "--tasks-dir", f"{home}/tasks", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", command)
+    pages = []
+    for _ in range(2):
+        assert study.main() == 0
+        pages.append({path.name: path.read_bytes() for path in sorted(tmp_path.glob("*.*"))})
+        monkeypatch.setattr(study, "igp_run", pytest.fail)        # nothing is made again
+        monkeypatch.setattr(study, "trained", pytest.fail)
+    assert pages[0] == pages[1] and len(pages[0]) == 4
+    page = pages[0]["results.md"].decode()
+    assert "{" not in page and "nan" not in page
+    [row] = once(tmp_path / "out/16/sleb.json")
+    assert f"| 16 | sleb | {row['ppl']:.2f} |" in page

@@ -1,0 +1,454 @@
+"""docs/results.md and its figures, from the files of `python tests/study.py results`.
+
+The page's words are in results.in.md; every number is put in here. Only study.py imports this.
+Dims: B blocks, N clusters; loss is -log P in nats, n predicted tokens, both (texts,).
+"""
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import evaluate
+from run import once
+
+matplotlib.use("svg")
+matplotlib.rcParams |= {
+    "svg.hashsalt": "igp", "svg.fonttype": "none",                # the same bytes every time
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080",
+    "xtick.color": "#808080", "ytick.color": "#808080", "legend.frameon": False,
+}
+NAMES = ("static", "igp", "sleb", "shortened-ppl", "shortened-taylor", "shortened-magnitude",
+         "evopress")
+COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c6d31",
+                           "#56b4e9"), strict=True))
+
+# ------------------------------------------------------------------ what the files hold
+
+
+def row(out, run, name):
+    """What igp.py knows of a method of a run: masks, FLOPs, perplexity, log P of each text."""
+    [found] = once(out / run / f"{name}.json")
+    return found
+
+
+def hits(out, run, name):
+    """task -> 0 or 1 of each question, by acc_norm, or acc where there is no other."""
+    found = {}
+    for task in evaluate.FIELDS:
+        path = out / run / f"{name}-{task}.jsonl"
+        if path.exists():
+            lines = once(path)
+            key = "acc" if lines[0]["acc_norm"] is None else "acc_norm"
+            found[task] = np.array([line[key] for line in lines])
+    return found
+
+
+def loss_of(found):
+    """(loss, n) of a `row`."""
+    return -np.array(found["loglikelihood"]), np.array(found["tokens"])
+
+
+def gap(loss, other, n):
+    """How many nats a token a loss is above another one on the same texts, ± its standard error."""
+    gaps = (loss - other) / n.mean()
+    return gaps.mean(), gaps.std(ddof=1) / math.sqrt(len(gaps))
+
+
+def points(own, other):
+    """The same of two averages of tasks, in points: the questions are the same."""
+    gaps = [100.0 * (own[task] - other[task]) for task in own]
+    means = [x.mean() for x in gaps]
+    errors = [x.var(ddof=1) / len(x) for x in gaps]
+    return np.mean(means), math.sqrt(sum(errors)) / len(gaps)
+
+
+def signed(value):
+    """A difference and its standard error, as they are printed."""
+    mean, error = value
+    digits = 1 if abs(mean) >= 0.5 or error >= 0.5 else 3
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def average(scores):
+    """The mean of the tasks, in percent."""
+    return np.mean([100 * x.mean() for x in scores.values()])
+
+
+def perplexity(found):
+    """exp(loss / n) of one kind's texts."""
+    return math.exp(sum(found["loss"]) / sum(found["tokens"]))
+
+
+# ------------------------------------------------------------------ methods
+
+
+def methods(out):
+    """A line a method and number of blocks."""
+    table = []
+    whole = row(out, "16", "dense")
+    table.append({"blocks": 0, "method": "dense", "perplexity": f"{whole['ppl']:.2f}"})
+    for run in ("8", "16", "22", "16-flops"):
+        for name in NAMES[:2] if run == "16-flops" else NAMES:
+            found = row(out, run, name)
+            loss, n = loss_of(found)
+            z = 1 - np.array(found["z"])
+            line = {
+                "blocks": run.replace("-flops", " by FLOPs"),
+                "method": name,
+                "perplexity": f"{found['ppl']:.2f}",
+                "attention": f"{z[:, 0::2].sum(1).mean():.3g}",
+                "FFN": f"{z[:, 1::2].sum(1).mean():.3g}",
+                "FLOPs": f"{found['flops_ratio']:.1%}",
+                "+ router": f"{found['flops_ratio_with_router']:.1%}",
+            }
+            for rival in ("sleb", "static"):
+                other = row(out, run.removesuffix("-flops") if rival == "sleb" else run, rival)
+                if name != rival:
+                    line[f"above {rival}"] = signed(gap(loss, loss_of(other)[0], n))
+            line["forward tokens"] = found["forward_tokens"]
+            table.append(line)
+    return columns(table)
+
+
+def columns(table):
+    """A Markdown table with every column that any line has, "-" where a line lacks it."""
+    head = dict.fromkeys(key for line in table for key in line)
+    return evaluate.markdown([dict.fromkeys(head, "-") | line for line in table])
+
+
+def tasks(out):
+    """A line a method that was asked, with what sets it apart from SLEB and static."""
+    dense = hits(out, "16", "dense")
+    table = []
+    for run in ("16", "16-flops", "8", "22"):
+        for name in ("dense", *NAMES):
+            own = hits(out, run, name)
+            if own:
+                line = {"blocks": run.replace("-flops", " by FLOPs"), "method": name}
+                if name == "dense":
+                    line["blocks"] = 0
+                line |= {task: f"{100 * x.mean():.1f}" for task, x in own.items()}
+                line["average"] = f"{average(own):.2f}"
+                line["% of dense"] = f"{100 * average(own) / average(dense):.1f}"
+                for rival in ("dense", "sleb", "static"):
+                    place = run.removesuffix("-flops") if rival == "sleb" else run
+                    other = dense if rival == "dense" else hits(out, place, rival)
+                    if other and name not in ("dense", rival):
+                        line[f"above {rival}"] = signed(points(own, other))
+                table.append(line)
+    return columns(table)
+
+
+def repeats(run, all_seeds):
+    """The folders of a run with every seed."""
+    return [run, *(f"{run}-seed-{seed}" for seed in all_seeds[1:])]
+
+
+def seeds(out, all_seeds):
+    """Perplexity of static and igp at 16 blocks, a seed a column."""
+    table = []
+    for name in NAMES[:2]:
+        ppl = [row(out, run, name)["ppl"] for run in repeats("16", all_seeds)]
+        line = {f"seed {i}": f"{x:.2f}" for i, x in enumerate(ppl)}
+        table.append({"method": name} | line | {"spread": f"{max(ppl) / min(ppl) - 1:.1%}"})
+    return evaluate.markdown(table)
+
+
+# ------------------------------------------------------------------ kinds of text
+
+
+def mask_of(out, kind, samples, seed):
+    """Of a mask of one kind of text: z (B,), its `study.losses`, and its own loss swapped."""
+    before, after, _ = once(out / f"{kind}-{samples}-{seed}.json")
+    return np.array(before["z"]), before["losses"], after["losses"][kind]
+
+
+def kinds(out, samples, names, all_seeds):
+    """Perplexity of each kind of text (row) under the masks of each (column), a seed each."""
+    [whole] = once(out / "dense.json")
+    table = []
+    for kind in names:
+        line = {"perplexity on": kind, "dense": f"{perplexity(whole[kind]):.2f}"}
+        for own in names:
+            ppl = [mask_of(out, own, samples, seed)[1][kind] for seed in all_seeds]
+            cell = ", ".join(f"{perplexity(x):.2f}" for x in ppl)
+            line[f"{own}'s masks"] = f"**{cell}**" if own == kind else cell
+        table.append(line)
+    return evaluate.markdown(table)
+
+
+def lead(out, samples, kind, other, all_seeds):
+    """How far a kind's own masks are below another kind's on its texts: mean gap of the seeds."""
+    gaps = []
+    for seed in all_seeds:
+        own = mask_of(out, kind, samples, seed)[1][kind]
+        theirs = mask_of(out, other, samples, seed)[1][kind]
+        n = np.array(own["tokens"])
+        gaps.append((np.array(own["loss"]) - theirs["loss"]) / n.mean())
+    gaps = np.mean(gaps, 0)                                       # (texts,)
+    return gaps.mean(), gaps.std(ddof=1) / math.sqrt(len(gaps))
+
+
+def distance(out, samples, kind, other, all_seeds):
+    """Blocks in which masks of two kinds differ, or of two seeds of one: the mean of all pairs."""
+    found = []
+    for i in all_seeds:
+        for j in all_seeds:
+            if kind != other or i < j:
+                z = mask_of(out, kind, samples, i)[0] != mask_of(out, other, samples, j)[0]
+                found.append(z.sum())
+    return np.mean(found)
+
+
+def pairs(out, counts, names, all_seeds):
+    """A line a pair of kinds: how far apart their masks are, and what the own one is worth."""
+    table = []
+    for i, kind in enumerate(names):
+        for other in names[i:]:
+            line = {"kinds": kind if kind == other else f"{kind}, {other}"}
+            for samples in counts:
+                apart = distance(out, samples, kind, other, all_seeds)
+                line[f"blocks apart, {samples} texts"] = f"{apart:.1f}"
+                if kind != other:
+                    for a, b in ((kind, other), (other, kind)):
+                        gaps = lead(out, samples, a, b, all_seeds)
+                        key = f"own mask on {'first' if a == kind else 'second'}, {samples} texts"
+                        line[key] = signed(gaps)
+            table.append(line)
+    return columns(table)
+
+
+def routings(rows):
+    """Routings of a run's masks: perplexity, and nats a token above the best single mask.
+
+    Best is the mask whose perplexity is the lowest on these very texts, so that routing has no
+    easier rival.
+    """
+    loss = {found["name"]: loss_of(found)[0] for found in rows}
+    n = np.array(rows[0]["tokens"])
+    masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
+    best = min(masks, key=np.sum)
+    ways = {
+        "nearest centroid (Eq. 9)": loss["igp"],
+        "best single mask": best,
+        "random mask, in expectation": np.mean(masks, 0),
+        "oracle: the best mask of each text": np.min(masks, 0),
+    }
+    if "static" in loss:
+        ways["static: N = 1, all tokens"] = loss["static"]
+    table = []
+    for name, values in ways.items():
+        table.append({
+            "routing": name,
+            "perplexity": f"{evaluate.perplexity(-values, n):.2f}",
+            "above the best single": signed(gap(values, best, n)),
+        })
+    return table
+
+
+def end_to_end(out, runs):
+    """A line a run and routing: k-means and the router choose among a run's masks."""
+    table = []
+    for run in runs:
+        names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
+        names += ["static"] * (out / run / "static.json").exists()
+        for line in routings([row(out, run, name) for name in names]):
+            table.append({"run": run} | line)
+    return evaluate.markdown(table)
+
+
+def swaps(out, samples, names, all_seeds):
+    """What one swap after the training does to a kind's own perplexity."""
+    table = []
+    for kind in names:
+        line = {"kind": kind}
+        for seed in all_seeds:
+            _, losses, swapped = mask_of(out, kind, samples, seed)
+            ppl = perplexity(losses[kind]), perplexity(swapped)
+            line[f"seed {seed}"] = " -> ".join(f"{x:.2f}" for x in ppl)
+        table.append(line)
+    return evaluate.markdown(table)
+
+
+def recipes(out, files, all_seeds):
+    """A line a recipe: perplexity of FineWeb-Edu's texts, and gates that no text of a step opens.
+
+    files: recipe -> the beginning of its files' names.
+    """
+    table = []
+    for name, file in files.items():
+        ppl, closed = [], []
+        for seed in all_seeds:
+            before, _, trace = once(out / f"{file}-{seed}.json")
+            ppl.append(perplexity(before["losses"]["FineWeb-Edu"]))
+            last = np.array(trace)[-len(trace) // 10:]            # the last tenth of the steps
+            closed.append(last[:, 3].mean())
+        table.append({
+            "recipe": name,
+            "perplexity": ", ".join(f"{x:.2f}" for x in ppl),
+            "closed gates at the end": ", ".join(f"{x:.1f}" for x in closed),
+        })
+    return evaluate.markdown(table)
+
+
+# ------------------------------------------------------------------ figures
+
+
+def figure_costs(out, all_seeds, path):
+    """(a) Perplexity against FLOPs."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    axes.set(yscale="log", xlabel="FLOPs, % of the dense model", ylabel="perplexity (log)")
+    whole = row(out, "16", "dense")
+    axes.plot(100, whole["ppl"], "*", color="#808080", markersize=14, label="dense")
+    for name in NAMES:
+        found = [row(out, run, name) for run in ("8", "16", "22")]
+        x, y = [100 * one["flops_ratio"] for one in found], [one["ppl"] for one in found]
+        axes.plot(x, y, "o-", color=COLOURS[name], label=name, markersize=5)
+        if name in NAMES[:2]:
+            again = [row(out, run, name)["ppl"] for run in repeats("16", all_seeds)]
+            axes.vlines(x[1], min(again), max(again), COLOURS[name], linewidth=5, alpha=0.4)
+            flops = row(out, "16-flops", name)
+            axes.plot(100 * flops["flops_ratio"], flops["ppl"], "s", color=COLOURS[name])
+        if name == "igp":
+            x = [100 * one["flops_ratio_with_router"] for one in found]
+            axes.plot(x, y, "o:", color=COLOURS[name], markerfacecolor="none",
+                      label="igp, with the router's FLOPs")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+def figure_masks(out, path):
+    """(b) The masks of several runs, as in the paper's Fig. 4: FFN above, attention below."""
+    runs = {"demo": "demo, 15 of 60", "16": "FineWeb-Edu, 16 of 60", "mixture": "four kinds, 16"}
+    figure = Figure(figsize=(10, 3.5))
+    axes = figure.subplots(2, len(runs), sharex=True, squeeze=False)
+    for column, (run, title) in enumerate(runs.items()):
+        z = np.array(row(out, run, "igp")["z"])                   # (N, B)
+        for j, kind in enumerate(("attention", "FFN")):
+            panel = axes[1 - j][column]
+            panel.pcolormesh(z[::-1, j::2], cmap="cividis_r", vmin=-0.4, vmax=1.2, edgecolors="w")
+            panel.set(yticks=[], ylabel=kind if column == 0 else "")
+        axes[0][column].set_title(title)
+        axes[1][column].set_xlabel("layer")
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+def figure_training(out, file, s_target, path):
+    """(c) One mask's training: L_LM, t and lambda_1."""
+    *_, trace = once(out / file)
+    steps = np.array(trace)                                       # (steps, 4)
+    figure = Figure(figsize=(8, 6))
+    axes = figure.subplots(3, 1, sharex=True)
+    names = ("L_LM of a step, nats a token", "t of Eq. 7", "lambda_1")
+    for i, name in enumerate(names):
+        axes[i].plot(steps[:, i], color=COLOURS["static"], linewidth=1)
+        axes[i].set_ylabel(name)
+    axes[1].axhline(s_target, color=COLOURS["igp"], linestyle="--", label="s_target")
+    axes[1].legend()
+    axes[2].set_xlabel("step")
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------ beside the paper
+
+# Table 1's averages in percent of dense, and FLOPs: Table 2 for IG-Pruning, model.flops for layers.
+PAPER = """\
+| model | sparsity | IG-Pruning | its FLOPs | best rival | SLEB | Shortened LLaMA | EvoPress | \
+their FLOPs |
+|---|---|---|---|---|---|---|---|---|
+| Llama-3-8B | 12.5 % | 98.29 | 96.7 % | 91.93 | 90.42 | 85.64 | 91.93 | 88.3 % |
+| Llama-3-8B | 25 % | 87.18 | 89.8 % | 76.32 | 75.04 | 75.01 | 76.32 | 76.6 % |
+| Llama-3-8B | 37.5 % | 69.51 | 75.8 % | 65.61 | 65.61 | 64.02 | 65.26 | 64.8 % |
+| Qwen3-8B | 13.9 % | 96.01 | - | 90.37 | 90.09 | 87.49 | 90.37 | - |
+| Qwen3-8B | 25 % | 86.35 | - | 81.29 | 80.62 | 78.56 | 81.29 | - |
+| Qwen3-8B | 36.1 % | 71.96 | - | 68.82 | 68.82 | 62.48 | 68.18 | - |"""
+
+
+def beside(out):
+    """Our igp and best rival as a line of the paper's table."""
+    dense, table = average(hits(out, "16", "dense")), []
+    for run, share in (("8", "13.3 %"), ("16", "26.7 %"), ("22", "36.7 %")):
+        line = {"model": "SmolLM2-135M", "sparsity": share}
+        own, rivals = hits(out, run, "igp"), {}
+        for name in NAMES[2:]:
+            found = hits(out, run, name)
+            if found:
+                rivals[name] = 100 * average(found) / dense
+        if own:
+            line["igp"] = f"{100 * average(own) / dense:.2f}"
+            line["its FLOPs"] = f"{row(out, run, 'igp')['flops_ratio']:.1%}"
+        if rivals:
+            best = max(rivals, key=rivals.get)
+            line["best rival"] = f"{rivals[best]:.2f} ({best})"
+        line["their FLOPs"] = f"{row(out, run, 'sleb')['flops_ratio']:.1%}"
+        table.append(line)
+    return columns(table)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def summary(out):
+    """What a reader with two minutes takes away."""
+    dense = row(out, "16", "dense")
+    lines = [f"Without a block skipped perplexity is {dense['ppl']:.2f}. igp has "
+             + ", ".join(f"{row(out, run, 'igp')['ppl']:.2f} at {run}" for run in ("8", "16", "22"))
+             + " of 60 blocks."]
+    for run, what in (("16", "At equal blocks (16)"), ("16-flops", "At equal FLOPs (16)")):
+        rivals = [row(out, "16", name) for name in NAMES[2:]]
+        best = min(rivals, key=lambda found: found["ppl"])
+        loss, n = loss_of(best)
+        for name in NAMES[:2]:
+            found = row(out, run, name)
+            above = signed(gap(loss_of(found)[0], loss, n))
+            lines.append(f"{what} {name} has {found['ppl']:.2f}, the best rival, {best['name']}, "
+                         f"{best['ppl']:.2f}: {above} nats a token.")
+    for run, what in (("demo", "On code and Wikipedia"), ("16", "On FineWeb-Edu alone")):
+        names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
+        nearest, best, *_ = routings([row(out, run, name) for name in names])
+        above = nearest["above the best single"]
+        lines.append(f"{what} routing has {nearest['perplexity']}, the best single mask of the "
+                     f"same run {best['perplexity']}: {above} nats a token.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def block(lines):
+    """Printed text as it is."""
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def write(out, plan, docs):
+    """results.md and its three figures in the folder docs; plan: the module study."""
+    figure_costs(out, plan.SEEDS, docs / "costs.svg")
+    figure_masks(out, docs / "masks.svg")
+    figure_training(out, f"FineWeb-Edu-{plan.SAMPLES[-1]}-0.json", plan.SHARES["16"],
+                    docs / "training.svg")
+    few, many = plan.SAMPLES
+    [stamp] = once(out / "stamp.json")
+    demo, bench, scoring = (once(out / f"{name}.json") for name in ("timed", "bench", "scoring"))
+    runs = []
+    for run in ("demo-8", "demo", "demo-22", "16"):
+        runs += repeats(run, plan.SEEDS)
+    ways = {
+        "t moves (igp.train_mask)": f"FineWeb-Edu-{few}",
+        "t = 1 - mean(z) throughout": "sampled",
+        "t = P(z = 0) throughout": "closed",
+        "Louizos' form of Eq. 4": "louizos",
+    }
+    words = Path(__file__).with_name("results.in.md").read_text(encoding="utf-8")
+    page = words.format(
+        **stamp, few=few, many=many, few_tokens=48 * few, many_tokens=48 * many, each=plan.EACH,
+        summary=summary(out), methods=methods(out), tasks=tasks(out), seeds=seeds(out, plan.SEEDS),
+        few_kinds=kinds(out, few, plan.KINDS, plan.SEEDS),
+        many_kinds=kinds(out, many, plan.KINDS, plan.SEEDS),
+        pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
+        routing=end_to_end(out, [*runs, "mixture"]),
+        swaps=swaps(out, few, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
+        paper=PAPER, beside=beside(out), demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
+        bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),
+    )
+    (docs / "results.md").write_text(page, encoding="utf-8")
