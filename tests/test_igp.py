@@ -530,6 +530,15 @@ def test_two_processes_without_unix_make_the_files_of_one(
     assert content(tmp_path / "run") <= content(finished[0])
 
 
+def test_a_process_waits_for_anothers_mask_for_days(monkeypatch):
+    """Not half an hour, which is torch's own limit of a barrier."""
+    begun = Mock(side_effect=llm.UserError)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begun)
+    assert igp.main([]) == 2
+    assert begun.call_args.kwargs["timeout"].days >= 7
+
+
 def test_broken_weights_are_named(command, capsys, monkeypatch):
     nan = Mock(side_effect=lambda _, texts, z: np.full(len(texts), np.nan))
     monkeypatch.setattr(evaluate, "judge", nan)
