@@ -1,13 +1,11 @@
 """Speed against peers: both sides interleaved in one run, on one machine, in one dtype.
 
-Run:  python tests/bench.py [forward training kmeans prefill decode router]
-      python tests/bench.py prefill-1b decode-1b          (minutes; 5 GB of weights alone)
+Run:  python tests/bench.py [forward training kmeans prefill decode]
       python tests/bench.py scoring --tasks-dir FOLDER    (needs lm-eval==0.4.13 and accelerate)
 Sets: forward and training on a random model of SmolLM2-135M's shape against transformers;
       kmeans against scikit-learn;
-      prefill and decode: the embedded default, or a random model of Llama-3.2-1B's shape, dense
-      against transformers, and under masks against the same model built without those blocks;
-      router: encoding a prompt, as a share of the embedded default's dense prefill of it;
+      prefill and decode: the embedded default, dense against transformers, and under masks
+      against the same model built without those blocks;
       scoring, 200 rows of each of the six tasks on the embedded default, against
       lm-evaluation-harness at the best of four batch sizes.
 Ratio is the median of ours / peer over the interleaved turns; spread is the range of the middle
@@ -30,7 +28,6 @@ import hub
 import igp
 import kmeans
 import model as llm
-import router as routing
 from run import parse
 
 SMOLLM2 = json.loads("""{
@@ -38,9 +35,6 @@ SMOLLM2 = json.loads("""{
  "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
  "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
  "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}""")
-LLAMA_1B = SMOLLM2 | json.loads("""{
- "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
- "num_attention_heads": 32, "num_key_value_heads": 8}""")  # its RoPE would take as long
 PROMPTS = (32, 128, 512)                # tokens
 SKIPPED = ((6, 2), (12, 4), (15, 7))    # of 30 and 30 attention and FFN blocks: 8, 16, 22 of 60
 STEPS = 16                              # tokens decoded in one measurement
@@ -95,11 +89,11 @@ def peak_bytes(step):
 # ---------------------------------------------------------------------------- models
 
 
-def random_models(dtype, sizes):
+def random_models(dtype):
     """(ours, transformers' with sdpa), with the same random weights, in memory once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, tie_word_embeddings=True, attn_implementation="sdpa")
+    config = LlamaConfig(**SMOLLM2, tie_word_embeddings=True, attn_implementation="sdpa")
     reference = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         config.save_pretrained(folder)
@@ -118,12 +112,11 @@ def embedded_models(dtype):
     return llm.load(folder, "cpu", dtype), reference.eval().requires_grad_(False)
 
 
-def z_of(L, attention, ffn):
-    """A z that skips so many blocks of 30 and 30, scaled to L layers, spread over the depth."""
-    z = torch.ones(L, 2, dtype=torch.bool)
+def z_of(attention, ffn):
+    """A z that skips so many blocks of 30 and 30, spread over the depth."""
+    z = torch.ones(30, 2, dtype=torch.bool)
     for column, n in enumerate((attention, ffn)):
-        n = round(n * L / 30)
-        z[(torch.arange(n) + 0.5).mul(L / n).long(), column] = False
+        z[(torch.arange(n) + 0.5).mul(30 / n).long(), column] = False
     return z.flatten()
 
 
@@ -183,7 +176,7 @@ def cached_by_transformers(reference):
 
 def forward(args):
     """Logits of all positions, dense."""
-    ours, reference = random_models(args.dtype, SMOLLM2)
+    ours, reference = random_models(args.dtype)
     tokens = torch.randint(20, 49152, (b, w))
 
     runs = [lambda: ours.head(ours(tokens)), partial(reference, tokens, use_cache=False)]
@@ -197,7 +190,7 @@ def training(args):
 
     The peer is transformers with a hook on every block, and logits as a whole.
     """
-    ours, reference = random_models(args.dtype, SMOLLM2)
+    ours, reference = random_models(args.dtype)
     texts = torch.randint(20, 49152, (b, w))
     z = torch.rand(b, 60)
     gates = torch.ones(b, 60, dtype=args.dtype)
@@ -233,16 +226,13 @@ def clustering(_):
     yield row("kmeans, inertia", "sum", 1.001, inertia, peer.inertia_)
 
 
-def skipping(kind, shape, args):
+def skipping(kind, args):
     """prefill: a prompt's forward and its last logits; decode: STEPS tokens after it, one by one.
 
     Dense against transformers, each mask against `built_without` and against dense, all in turn.
     """
-    large = shape == "llama-1b"
-    model, reference = (random_models(args.dtype, LLAMA_1B) if large
-                        else embedded_models(args.dtype))
-    L = model.config.num_hidden_layers
-    zs = [z_of(L, *skipped) for skipped in SKIPPED]
+    model, reference = embedded_models(args.dtype)
+    zs = [z_of(*skipped) for skipped in SKIPPED]
 
     def work(run, n, tokens):
         """What is measured of a side."""
@@ -261,32 +251,14 @@ def skipping(kind, shape, args):
         for run in sides:
             run(tokens[:, :n], 0)                                 # what decode goes on from
         runs = [partial(work, run, n, tokens) for run in sides]
-        dense, peer, *pruned = interleaved(runs, REPEATS // (5 if large else 2))
-        name = f"{kind} {shape} {n}"
+        dense, peer, *pruned = interleaved(runs, REPEATS // 2)
+        name = f"{kind} {n}"
         yield row(name, "s", 1.05, dense, peer)
         for z, ours, chain in zip(zs, pruned[0::2], pruned[1::2], strict=True):
             what = f"{name}, {int((~z).sum())} of {len(z)} skipped"
             yield row(f"{what}, of built without", "s", 1.03, ours, chain)
             share = llm.flops(model.config, n, z) / llm.flops(model.config, n)
             yield row(f"{what}, of dense (FLOPs {share:.3f})", "s", None, ours, dense)
-
-
-def router_share(args):
-    """Eq. 1 and 9 of a text against its dense prefill."""
-    folder = hub.model_folder(hub.EMBEDDED)
-    encoder = routing.open_encoder(hub.encoder_folder(), "cpu", args.dtype)
-    model = llm.load(folder, "cpu", args.dtype)
-    tokenizer = hub.load_tokenizer(folder)
-    leads = hub.calibration_texts("wikipedia", None)[:20]
-    ids = tokenizer.encode(" ".join(x["text"] for x in leads)).ids
-    router = routing.Router(torch.randn(16, 384), None, None, {})
-
-    for n in PROMPTS:
-        tokens = torch.tensor([ids[:n]])
-        dense = cached(model, None, n)
-        texts = [tokenizer.decode(ids[:n])]
-        runs = [partial(igp.cluster_of, router, encoder, texts), partial(dense, tokens, 0)]
-        yield row(f"router, of prefill smollm2 {n}", "s", None, *interleaved(runs, REPEATS))
 
 
 def harness(reference, folder):
@@ -343,19 +315,15 @@ PARTS = {
     "forward": forward,
     "training": training,
     "kmeans": clustering,
-    "prefill": partial(skipping, "prefill", "smollm2"),
-    "decode": partial(skipping, "decode", "smollm2"),
-    "router": router_share,
-    "prefill-1b": partial(skipping, "prefill", "llama-1b"),
-    "decode-1b": partial(skipping, "decode", "llama-1b"),
-    "scoring": scoring,
+    "prefill": partial(skipping, "prefill"),
+    "decode": partial(skipping, "decode"),
+    "scoring": scoring,  # only if asked for
 }
-LONG = ("prefill-1b", "decode-1b", "scoring")  # only if asked for
 
 
 def main():
     """Prints a Markdown table, with the goals that are missed."""
-    short = [part for part in PARTS if part not in LONG]
+    short = list(PARTS)[:-1]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("parts", nargs="*", default=short, help=", ".join(PARTS))
     p.add_argument("--tasks-dir", type=Path, help="for scoring: folder with <task>.jsonl")
