@@ -287,23 +287,14 @@ def pieces(given):
     return found
 
 
-def best_three(given, name):
-    """The methods of a run with the lowest perplexities of the texts that judge."""
-    ppl = {}
-    for path in (given.out / name).glob("*.json"):
-        if "igp-mask" not in path.name and path.name not in ("results.json", "arguments.json"):
-            [row] = once(path)
-            ppl[row["name"]] = row["ppl"]
-    return sorted(ppl, key=ppl.get)[:3]
-
-
 def later(given):
     """Pieces that need others: the six tasks at 8 and 22 blocks, of the best three methods."""
     found = {}
     for name in ("8", "22"):
-        methods = ",".join(best_three(given, name))
+        ppl = {method: document.row(given.out, name, method)["ppl"] for method in document.NAMES}
+        best = ",".join(sorted(ppl, key=ppl.get)[:3])
         flags = RUNS[name].split("--tasks=")[0]
-        flags += f"--tasks-dir {{tasks}} --tasks {SIX} --method {methods}"
+        flags += f"--tasks-dir {{tasks}} --tasks {SIX} --method {best}"
         found[given.out / f"{name}-tasks.json"] = partial(igp_run, flags_of(given, name, flags))
     return found
 
@@ -342,8 +333,7 @@ def make(parts):
 
 def results(given):
     """Makes what is missing, then docs/."""
-    if "RANK" in os.environ:                                      # a process of torchrun is alone
-        os.environ.pop("TORCHELASTIC_RUN_ID")                     # to igp.py; files share the work
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)                   # files share the work, not igp.py
     given.out = given.out.resolve()
     make(pieces(given))
     make(later(given))
