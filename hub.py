@@ -95,7 +95,8 @@ def check_access(model: str | Path, calibration: str, tasks: list[str]) -> None:
     or wants a licence accepted. What was downloaded before needs no answer.
     """
     known = ["wikipedia", "wikipedia+code", *HUB_TEXTS]
-    if calibration not in known and not Path(calibration).is_file():
+    path = Path(calibration)
+    if calibration not in known and (path.is_dir() or not path.exists()):
         raise UserError(f"--calibration {calibration} is no file and not one of "
                         f"{', '.join(known)}")
     needs = {}                                                    # name -> kind of repository
@@ -235,7 +236,7 @@ def _hub_rows(path, configuration, split="train", streaming=False):
 def _file_rows(path):
     """(where it stands, row) of each row of a file of texts."""
     text = read_text(path)
-    if "json" in path.suffix.lower() or re.match(r'\[?\s*{\s*"', text.lstrip()):
+    if "json" in path.suffix.lower() or re.match(r'\[?\s*{\s*["}]|\[\s*"', text.lstrip()):
         yield from _json_rows(path, text)
     else:
         for line in text.split("\n"):                             # splitlines cuts at U+2028 too
@@ -346,7 +347,7 @@ def guarded(program: str, work) -> int:
         sys.stdout.reconfigure(errors="stand-in")
     try:
         work()
-        sys.stdout.flush()
+        print(end="", flush=True)                             # stdout may be closed, None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is left at exit has a place to go
         return 141

@@ -91,7 +91,8 @@ class Config:
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 IMPLEMENTED = {  # fields that change the forward: the values that are implemented here
-    "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"), "hidden_act": ("silu",),
+    "model_type": ("llama", "qwen3"), "rope_type": ("default", "llama3"),
+    "hidden_act": ("silu", "swish"),                              # one function
     "partial_rotary_factor": (None, 1), "layer_types": ({"full_attention"},),
 } | dict.fromkeys((
     "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "quantization_config",
@@ -116,7 +117,9 @@ def read_config(folder: str | Path) -> Config:
         value = AutoConfig.from_pretrained(folder).to_dict()
     except Exception as e:  # of any kind
         raise UserError(f"{path} cannot be used ({str(e)[:300]})") from None
-    value = (value.get("rope_parameters") or {}) | value          # so its model reads the two
+    rope = value.get("rope_parameters") or {}
+    outer = {key: x for key, x in value.items() if key == LLAMA3[-1]}
+    value = value | rope | outer                                  # so its model reads the two
     value["layer_types"] = set(value.get("layer_types") or ["full_attention"])
     for key, implemented in IMPLEMENTED.items():
         found = value.get(key)
@@ -130,8 +133,8 @@ def read_config(folder: str | Path) -> Config:
         value["rope_scaling"] = {key: value.get(key) for key in LLAMA3}
     for key in numbers:
         x = value.get(key)
-        if type(x) not in (int, float) or not 0 < x < math.inf:
-            raise UserError(f"{path}: {key} is {x!r}, expected a positive number")
+        if type(x) not in (int, float) or not 0 < x < 1e10:
+            raise UserError(f"{path}: {key} is {x!r}, expected a number above 0, below 1e10")
     h, h_kv = value["num_attention_heads"], value["num_key_value_heads"]
     if h % h_kv:
         raise UserError(f"{path}: num_key_value_heads={h_kv} must divide num_attention_heads={h}")

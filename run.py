@@ -8,6 +8,7 @@ processes share one.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -104,7 +105,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{flag.replace('_', '-')} {given} is not a number from {least} up")
     for key in ("calibration", "router", "tasks_dir", "out"):
         path = getattr(args, key)
-        setattr(args, key, path and os.path.expanduser(path))
+        if path is not None:
+            setattr(args, key, os.path.expanduser(path))
+            if not path or not path.isprintable():
+                p.error(f"--{key.replace('_', '-')} {path!r} is no path")
     check(args, p.error)
     return args
 
@@ -118,7 +122,8 @@ def check(args: argparse.Namespace, error) -> None:
         args.method, args.tasks = "igp", ""
     if args.tasks is None:
         six = args.tasks_dir or args.calibration in hub.HUB_TEXTS
-        args.tasks = "wiki_what" if args.calibration.startswith("wikipedia") else ""
+        leads = args.calibration in ("wikipedia", "wikipedia+code")
+        args.tasks = "wiki_what" if leads else ""
         args.tasks = ",".join(evaluate.FIELDS) if six else args.tasks
     for key, known in (("method", METHODS), ("tasks", TASKS)):
         names = set(filter(None, getattr(args, key).split(",")))
@@ -133,11 +138,12 @@ def check(args: argparse.Namespace, error) -> None:
     if args.device == "cuda":                                    # each process its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
+        on_cpu = torch.empty(0, device=args.device).is_cpu
+    except (RuntimeError, AssertionError, ImportError):
         error(f"--device {args.device} is not here; use --device cpu")
+    args.device = "cpu" if on_cpu else args.device               # not cpu:0
     if args.dtype == "auto":                                     # CPUs: where they multiply it
-        able = args.device != "cpu" or "bf16': True" in str(torch.cpu.get_capabilities())
+        able = not on_cpu or "bf16': True" in str(torch.cpu.get_capabilities())
         args.dtype = "bfloat16" if able else "float32"
 
 
@@ -159,7 +165,12 @@ def once(path: Path, make=None):
             seconds = torch.tensor(time.perf_counter() - start)
             data = to_bytes(content | {"seconds": seconds})
         else:
-            data = "".join(json.dumps(x, allow_nan=False) + "\n" for x in content).encode()
+            try:
+                lines = [json.dumps(x, allow_nan=False) + "\n" for x in content]
+            except ValueError:
+                raise UserError(f"{path} would hold what is no number; check the model's weights, "
+                                "or try --dtype float32") from None
+            data = "".join(lines).encode()
         path.parent.mkdir(exist_ok=True)
         llm.write(path, data)
     try:
@@ -250,16 +261,27 @@ def open_run(args: argparse.Namespace) -> Run:
         n = len(evaluate.encode(tokenizer, args.prompt, args.bos))
         if not 0 < n <= longest:
             raise UserError(f"--prompt has {n} tokens; give it a text of 1 to {longest}")
+    for question in itertools.chain(*questions.values()):
+        evaluate.choice_ids(question, tokenizer, args.bos)       # raises where there is no token
     args.length, args.judged = min(args.length, longest), min(args.judged, longest)
     held_out = tokenized(tokenizer, held_out, args.judged)
     if not (held_out or no_texts):
         raise UserError(f"no held-out text of {args.calibration} has two tokens by {folder}")
-    files = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
-    identity = {"model": args.model, "files": {x.name: hub.fingerprint(x) for x in files}}
-    encoder = routing.open_encoder(hub.encoder_folder(), args.device, getattr(torch, args.dtype))
+    encoder_at = hub.encoder_folder()
+    identity = {"model": str(name), "files": fingerprints(folder, encoder_at)}
+    encoder = routing.open_encoder(encoder_at, args.device, getattr(torch, args.dtype))
     router = given_router(args, identity, config) if args.router else None
     return Run(args, folder, config, identity, tokenizer, encoder, train, held_out, questions,
                router)
+
+
+def fingerprints(folder: Path, encoder: Path) -> dict[str, str]:
+    """What tells one model and encoder from others: the SHA-256 of each file that they are."""
+    read = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors*")]
+    files = {path.name: hub.fingerprint(path) for path in read}
+    for path in encoder.rglob("*.safetensors"):
+        files[f"encoder's {path.name}"] = hub.fingerprint(path)
+    return files
 
 
 def read_texts(args: argparse.Namespace) -> tuple[list, list]:
@@ -268,7 +290,7 @@ def read_texts(args: argparse.Namespace) -> tuple[list, list]:
     texts = hub.calibration_texts(args.calibration, args.texts + 2 * hub.JUDGING)
     train, _, held_out = hub.split(texts, streamed)
     train = train[:args.texts]
-    if args.clusters > len(train):
+    if args.clusters > len(train) and "igp" in args.method and not args.router:
         raise UserError(f"--clusters {args.clusters} is more than the {len(train)} texts")
     return train, held_out
 
@@ -316,7 +338,8 @@ def given_router(args: argparse.Namespace, identity: dict, config: llm.Config):
     same = router.identity.get("files", identity["files"]) == identity["files"]
     if not same or router.z.shape[1] != 2 * config.num_hidden_layers:
         raise UserError(f"{args.router} was made for {router.identity.get('model')}, and --model "
-                        f"{args.model} is another; give the --model that it was made for")
+                        f"{args.model}, or the encoder, is another; give the --model that it was "
+                        "made for")
     return router
 
 
@@ -326,7 +349,10 @@ def begin(run: Run) -> None:
     now = {key: getattr(args, key) for key in SETTINGS} | run.identity["files"]
     now["what is read"] = digest(run.train + run.held_out)
     now["router"] = args.router and hub.fingerprint(Path(args.router))
-    [[held]] = once_each({args.out / "arguments.json": lambda: [now]})
+    path = args.out / "arguments.json"
+    if not path.exists() and (args.out / "masks").exists():
+        raise UserError(f"{args.out} holds masks of nobody knows which run; choose another --out")
+    [[held]] = once_each({path: lambda: [now]})
     for key in held | now:
         if held.get(key) != now.get(key):
             raise UserError(f"{args.out} holds a run with another {key}: {held.get(key)}, now "

@@ -62,6 +62,13 @@ def test_json_is_read_under_any_name(tmp_path, name, text):
     assert [x["text"] for x in rows] == ["one", "do\ndone"]
 
 
+@pytest.mark.parametrize("text", ['["one", "two"]', '[\n "one"]', "{}\n" + LINES])
+def test_json_of_another_form_is_not_taken_for_plain_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UserError, match="expected a JSON object"):
+        hub.calibration_texts(f"{tmp_path}/a.txt", None)
+
+
 def test_plain_text_is_a_text_a_line_without_headings(tmp_path):
     text = "\ufeffone\r\n \n[2] two\u2028too\n = Title = \n\n = = Part = = \nthird = three\n"
     (tmp_path / "a.txt").write_bytes(text.encode())

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, ROWS, WORDS, edit_json, hook_gates, make_reference, make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.run import main as torchrun
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -390,6 +390,9 @@ def test_a_run_killed_between_any_two_writes_goes_on_to_the_same_bits(
     "--router x --method static -> --method names none, or one that --router cannot serve",
     "--router gone.safetensors -> gone.safetensors is no readable router",
     "--device tpu -> --device tpu is not here",
+    "--device hpu -> --device hpu is not here",
+    "--router= -> --router '' is no path",
+    "--out a\x07 -> --out 'a\\x07' is no path",
     "--tasks piqa --tasks-dir gone -> gone/piqa.jsonl",
     "--prompt= -> --prompt has 0 tokens",
     "--prompt " + "w1_" * 129 + " -> --prompt has 129 tokens; give it a text of 1 to 128"])
@@ -415,23 +418,31 @@ def test_a_folder_keeps_one_value_of_each_setting(again, capsys):
 
 
 @pytest.fixture
-def own(command, home, tmp_path):
+def own(command, home, tmp_path, monkeypatch):
     """The command for a copy of the model and of the texts, files to be edited."""
     shutil.copytree(home / "model", tmp_path / "model")
-    shutil.copy(home / "texts.jsonl", tmp_path)
-    files = f"--model {tmp_path}/model --calibration {tmp_path}/texts.jsonl --method dense"
+    shutil.copytree(home / "cache/all-MiniLM-L6-v2", tmp_path / "encoder")
+    monkeypatch.setattr(hub, "encoder_folder", lambda: tmp_path / "encoder")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(home / "texts.jsonl", "wikipedia_de")             # more clusters than texts: unused
+    files = "--model model --calibration wikipedia_de --method dense --clusters 61"
     return [*command, *files.split()]
 
 
 def test_other_contents_under_the_same_names_are_refused_by_name(own, tmp_path, capsys):
     assert igp.main(own) == 0
-    texts = tmp_path / "texts.jsonl"
-    weights = min(tmp_path.glob("model/*.safetensors"))
-    for path in (texts, weights, *tmp_path.glob("model/[ct]*.json")):
+    assert not [*tmp_path.glob("run/*wiki_what*")]                # these are no leads
+    names = {tmp_path / "wikipedia_de": "what is read"}
+    for path in tmp_path.glob("model/[cmt]*"):                    # weights and their index, too
+        names[path] = path.name
+    for path in tmp_path.rglob("encoder/**/*.safetensors"):
+        names[path] = f"encoder's {path.name}"
+    assert len(names) > 6
+    for path, name in names.items():
         before = path.read_bytes()
-        after = before[:-1] + b"?" if path == weights else before.replace(b" ", b"  ")
-        path.write_bytes(after)
-        name = "what is read" if path == texts else path.name
+        flipped = before[:-1] + bytes([before[-1] ^ 1])
+        binary = path.suffix == ".safetensors"
+        path.write_bytes(flipped if binary else before.replace(b" ", b"  "))
         assert f"holds a run with another {name}: " in refused(own, capsys)
         path.write_bytes(before)
 
@@ -455,9 +466,13 @@ def test_another_models_tokenizer_and_a_bad_row_are_refused(own, tmp_path, capsy
     tokenizer.add_tokens(list("abcdefghijklmnopqrst"))
     tokenizer.save(str(tmp_path / "model/tokenizer.json"))
     assert "has ids up to 101, but vocab_size is 97" in refused(own, capsys)
-    (tmp_path / "piqa.jsonl").write_text('{"goal": "w1"}')
-    own += f"--tasks piqa --tasks-dir {tmp_path}".split()
-    assert "piqa.jsonl line 1: field sol1" in refused(own, capsys)
+    make_tokenizer().save("model/tokenizer.json")
+    own += "--tasks piqa --tasks-dir .".split()
+    for row, named in (
+            ({"goal": "w1"}, "piqa.jsonl line 1: field sol1"),
+            ({"goal": "w1", "sol1": "w2", "sol2": "", "label": 0}, "choice '' has no token")):
+        (tmp_path / "piqa.jsonl").write_text(json.dumps(row))
+        assert named in refused(own, capsys)
 
 
 def test_a_finished_run_makes_nothing_again_but_names_damaged_files(
@@ -474,6 +489,15 @@ def test_a_finished_run_makes_nothing_again_but_names_damaged_files(
     assert igp.main(again) == 0
     out, err = capsys.readouterr()
     assert out == finished[1] and "making " not in err
+    (tmp_path / "run/arguments.json").unlink()
+    assert "of nobody knows which run" in refused(again, capsys)
+
+
+def test_a_topic_may_be_anything(tmp_path):
+    path = tmp_path / "clusters.safetensors"
+    save_file({"labels": torch.tensor([0, 0])}, path)
+    texts = SimpleNamespace(train=[{"topic": ["x"]}, {"topic": ["x"]}])
+    assert igp.describe(texts, path) == ["2 texts, 100% ['x']"]
 
 
 def test_the_smallest_allowed_values_run(command, tmp_path):
@@ -542,7 +566,11 @@ def test_a_process_waits_for_anothers_mask_for_days(monkeypatch):
 def test_broken_weights_are_named(command, capsys, monkeypatch):
     nan = Mock(side_effect=lambda _, texts, z: np.full(len(texts), np.nan))
     monkeypatch.setattr(evaluate, "judge", nan)
-    assert "try --dtype float32" in refused([*command, "--method=dense"], capsys)
+    command += ["--method=dense"]
+    assert "dense.json would hold what is no number" in refused(command, capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "score", lambda *_: [np.full(4, np.nan)] * 99)
+    assert "dense-wiki_what.jsonl would hold" in refused([*command, "--tasks=wiki_what"], capsys)
 
 
 # ------------------------------------------------------------------ --prompt
