@@ -48,7 +48,7 @@ from run import (
     once, once_each, open_run, parse, rank, tokenized)
 
 RESTARTS = 10     # Silent: of k-means
-FLAT = 0.6        # Silent: for this share of the steps log_alpha's rate is lr, then it falls to 0
+FLAT = 0.6        # Silent: for this share of the steps log_alpha's rate is lr, then falls towards 0
 NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 
 # ------------------------------------------------------------------ Stage 1: clusters and masks
@@ -56,7 +56,7 @@ NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a mask's training is given besides model and texts; for the flags see run.py."""
+    """What a mask's training is given besides model, texts and draws; for the flags see run.py."""
 
     s_target: float   # of Eq. 7
     cost: Tensor      # (B,) or (L,), of `gate_costs`
@@ -86,7 +86,7 @@ def lm_gradient(model: llm.Transformer, texts: list,
     add up. Returns a float and a tensor like z. The weights are frozen: of the backward pass only
     the half that carries gradients back to z is left: about two forwards in all, not three. A
     block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
-    Eq. 6 would not pass it on. In the model z is rounded to the model's dtype; t takes it as it is.
+    the clamp of Eq. 6 passes none on. The model rounds z to its own dtype; t takes it as it is.
     The head has a backward pass of its own (leaf): logits exist for some positions at a time.
     """
     z = z.detach().requires_grad_()
@@ -150,7 +150,7 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
     bar = tqdm(firsts, "mask", disable=None)
     for step, first in enumerate(bar):
         batch = texts[first:first + recipe.batch_size]
-        done = step / len(firsts)                                # 0-1, share of the training
+        done = step / len(firsts)                                # share of the training, below 1
         u = sample_u((len(batch), len(cost)), generator)         # (b, B or L)  Eq. 3
         z = sample_z(log_alpha, u, recipe.gate)                  # (b, B or L)  Eq. 4-6
         away = 1 - (z @ cost).mean()                             # what z takes away
@@ -240,8 +240,8 @@ def draw(texts: list, n: int, generator: torch.Generator) -> list:
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
 
-    NumPy's PCG64 mixes --seed, the method and k into the seed of torch's own generator. Epochs
-    repeat one order; t and the rate span all of them. Texts of one token are left out after the
+    NumPy's SeedSequence mixes --seed, the method and k; PCG64 then draws the seed of torch's own
+    generator. Epochs repeat one order; t and the rate span all of them. Texts of one token are left out after the
     draw, so that there may be fewer than --samples.
     """
     args = run.args
@@ -342,8 +342,8 @@ def clustered(run: Run) -> dict[str, Tensor]:
 def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> list[dict]:
     """A row of the table, from the held-out texts, each under its own mask; masks: their files.
 
-    Silent: what is routed. A text on what the encoder reads of it, so that its route has seen some
-    of what is predicted; it can tell no more of that than which of N clusters it is.
+    Silent: what is routed. A text on what the encoder reads of it, so that the choice among N masks
+    has seen some of what is predicted, and nothing else has.
     """
     texts = [x["text"] for x in run.held_out]
     ids = [x["tokens"] for x in run.held_out]
@@ -462,7 +462,7 @@ def work(args) -> None:
     if torch.distributed.is_torchelastic_launched():             # torchrun: see run.once_each
         patience = timedelta(days=30)                            # of who waits for another's mask
         torch.distributed.init_process_group("gloo", timeout=patience)
-    torch.backends.cuda.enable_cudnn_sdp(False)                  # it plans anew for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN plans for every length
     run = open_run(args)
     writes = args.prompt is None or run.router is None
     with locked(args.out) if writes and rank() == 0 else contextlib.nullcontext():

@@ -27,7 +27,7 @@ class Router:
 
     mu: Tensor         # (N, d_e) float32, the c_k of Eq. 9; (1, 1) where one mask needs none
     z: Tensor          # (N, B) bool
-    log_alpha: Tensor  # (N, B) float32, what z was hardened from
+    log_alpha: Tensor  # (N, B) float32, what z was hardened from; of rivals 1 or -1
     identity: dict     # "model", its name, and "files", a fingerprint of each of its files
 
 
