@@ -27,7 +27,7 @@ BATCH_TOKENS = 1024  # of one batch, padding included: few, whose activations st
 HEAD_ROWS = 128      # positions that go through the head at a time: (128, v) float32 at most
 
 
-def slices(hidden: Tensor, targets: Tensor) -> zip:
+def slices(hidden: Tensor, targets: Tensor):
     """Both (n, ...), HEAD_ROWS rows at a time; 4 times as many on a GPU: each reads the head."""
     rows = HEAD_ROWS if hidden.is_cpu else 4 * HEAD_ROWS
     return zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -290,7 +290,7 @@ def score(model: Transformer, tokenizer: Tokenizer, questions: list, z: Tensor |
     return np.split(np.concatenate(logliks), ends[:-1])
 
 
-def right(question: Question, loglik: np.ndarray) -> tuple:
+def right(question: Question, loglik: np.ndarray):
     """(acc, acc_norm) of one question, each 0 or 1.
 
     acc: the gold choice has the largest log P; acc_norm: the largest log P / its characters, None

@@ -241,8 +241,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
 
     NumPy's SeedSequence mixes --seed, the method and k; PCG64 then draws the seed of torch's own
-    generator. Epochs repeat one order; t and the rate span all of them. Texts of one token are left out after the
-    draw, so that there may be fewer than --samples.
+    generator. Epochs repeat one order; t and the rate span all of them. Texts of one token are left
+    out after the draw, so that there may be fewer than --samples.
     """
     args = run.args
     L = run.config.num_hidden_layers

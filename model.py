@@ -220,10 +220,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(d, d_kv)
         self.o_proj = Linear(d_q, d)
         self.by_head = (-1, d_h)                                  # (heads d_h) as two axes
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.model_type == "qwen3":  # one weight (d_h,) shared by all heads, before RoPE
-            self.q_norm = RMSNorm(d_h, config.rms_norm_eps)
-            self.k_norm = RMSNorm(d_h, config.rms_norm_eps)
+        # before RoPE; Qwen3's has one weight (d_h,) for all heads
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm = norm(d_h, config.rms_norm_eps)
+        self.k_norm = norm(d_h, config.rms_norm_eps)
 
     def forward(self, x, rope, attend, kv, start):
         """x (b, t, d) -> (b, t, d). rope: cos and sin of `rope_angles`; attend: see `Transformer`.
@@ -370,10 +370,11 @@ class Transformer(nn.Module):
         config, weight = self.config, self.head_weight
         shape = (2, b, config.num_key_value_heads, longest, config.head_dim)
         keep, _ = self._gates(z, b)
-        kv = [None] * config.num_hidden_layers
-        for i in range(config.num_hidden_layers):
-            if keep_kv or keep[2 * i]:
-                kv[i] = weight.new_empty(shape, dtype=score_dtype(weight))
+        kv = []
+        for kept in keep[0::2]:
+            kv.append(None)
+            if kept or keep_kv:
+                kv[-1] = weight.new_empty(shape, dtype=score_dtype(weight))
         return Cache(kv, z, longest)
 
     def _gates(self, z, b):
@@ -430,19 +431,21 @@ def _read(folder, device, dtype):
         if not isinstance(weight_map, dict):
             raise UserError(f"{index} has no weight_map; download it again")
         paths = [folder / file for file in sorted(set(map(str, weight_map.values())))]
-    tensors, meta = {}, device == "meta"
+    tensors = {}
     for path in paths:
         if path.parent != folder:
             raise UserError(f"{index} names {path}, which is no file of {folder}")
         try:
-            with safe_open(path, framework="pt", device="cpu" if meta else device) as f:
+            with safe_open(path, framework="pt") as f:
                 for name in f.keys():
                     x = f.get_slice(name)
                     if x.get_dtype() not in ("BF16", "F16", "F32", "F64"):
                         raise UserError(f"{path}: {name} is {x.get_dtype()}, and quantised "
                                         "weights are not implemented")
-                    shape = x.get_shape()
-                    tensors[name] = torch.empty(shape, device=device) if meta else x[:].to(dtype)
+                    if device == "meta":
+                        tensors[name] = torch.empty(x.get_shape(), device=device)
+                    else:
+                        tensors[name] = x[:].to(device, dtype)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path} cannot be read ({e}); download it again") from None
     return tensors
@@ -505,17 +508,16 @@ def flops(config: Config, t: int, z: Tensor | None = None, skipped_attention: st
     Counts matmuls only, the scores as full t x t (no causal halving). z boolean (B,) or None.
     skipped_attention: "free" is what our forward does; "table2" is the one rule that fits the
     paper's Table 2 (at t = 2048): a skipped attention still pays its q, k and v projections.
+    Raises KeyError for another word.
     Deviates: the text of Sec. 3.1 says that only k and v are paid; Table 2 does not fit that.
     """
-    if skipped_attention not in ("free", "table2"):
-        raise ValueError(f"skipped_attention is {skipped_attention!r}, expected 'free' or 'table2'")
     d, L = config.hidden_size, config.num_hidden_layers
     d_q = config.num_attention_heads * config.head_dim
     d_kv = config.num_key_value_heads * config.head_dim
     if z is None:
         z = torch.ones(2 * L)
     n_attention, n_ffn = int(z[0::2].sum()), int(z[1::2].sum())
-    n_qkv = L if skipped_attention == "table2" else n_attention
+    n_qkv = {"free": n_attention, "table2": L}[skipped_attention]
     qkv = 2 * t * d * (d_q + 2 * d_kv)
     scores_and_o = 4 * t * t * d_q + 2 * t * d_q * d              # QK^T and AV, then W_O
     ffn = 6 * t * d * config.intermediate_size

@@ -357,7 +357,7 @@ def test_table_2():
 def test_whole_layers_cost_their_share_and_skipping_is_really_free():
     ratio = cost(8, 8, "free") / cost(0, 0)
     assert round(100 * ratio, 1) == 76.6
-    with pytest.raises(ValueError, match="cheap"):
+    with pytest.raises(KeyError, match="cheap"):
         cost(0, 0, "cheap")
 
 
