@@ -123,6 +123,12 @@ def test_the_tag_table_is_the_code():
     assert table == {pair for stem in FILES for pair in tags(stem)}
 
 
+def test_no_figure_is_in_the_readme_alone():
+    found = README.split("## What was found")[1].split("\n## ")[0]
+    numbers = re.compile(r"\d+(?:\.\d+)?")
+    assert set(numbers.findall(found)) <= set(numbers.findall(read("docs/results.md")))
+
+
 def test_the_errata_name_code_and_tests_that_exist():
     errata = PAPER.split("own slips")[1]
     tests = "".join(map(read, (ROOT / "tests").glob("test_*.py")))
