@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path += [str(HERE), str(HERE.parent)]
 import carry  # noqa: E402
 from conftest import make_golden_model  # noqa: E402  (which also finds hub)
 
