@@ -93,7 +93,7 @@ def route(router: Router, e: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------------- the file
 
 
-def save(router: Router, path: str | Path) -> None:
+def save(router: Router, path: Path) -> None:
     """mu, z and log_alpha as safetensors, the identity as JSON in its metadata; no pickle."""
     tensors = vars(router).copy()
     identity = json.dumps(tensors.pop("identity"), sort_keys=True)
