@@ -23,15 +23,16 @@ def test_the_default_is_igps_training_and_other_variants_are_not(model):
     recipe = igp.Recipe(
         0.34, COST, "paper",
         0.2, 0.1, 2, 2)
-    found = []
+    found, traces = [], []
     for variant in study.RECIPES.values():
         generator = torch.Generator().manual_seed(0)
         log_alpha, trace = study.train_mask(model, TEXTS, recipe, variant, generator)
-        assert len(trace) == 3
         found.append(log_alpha)
+        traces.append(trace)
     generator = torch.Generator().manual_seed(0)
-    wanted, _ = igp.train_mask(model, TEXTS, recipe, generator)
+    wanted, lambdas = igp.train_mask(model, TEXTS, recipe, generator)
     assert torch.equal(found[0], wanted)
+    assert len(traces[0]) == 3 and traces[0][-1][2] == lambdas[0].item()
     assert len(torch.stack(found).unique(dim=0)) == 3             # the gate's name is the recipe's
     args = parse(["--sparsity=0.34", "--samples=8"])
     zs = set()
