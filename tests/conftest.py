@@ -47,7 +47,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"                           # of torchrun's processes
-    config.addinivalue_line("markers", "embedded: needs the embedded default's files")
+    config.addinivalue_line("markers", "embedded: needs the embedded default's files, or is long")
     if not config.option.embedded:
         config.option.markexpr = config.option.markexpr or "not embedded"
 

@@ -79,6 +79,7 @@ def test_differences_are_paired():
     assert mean == pytest.approx(50 * ((a - b).mean() + (b[:9] - n[:9]).mean()))
 
 
+@pytest.mark.embedded                                             # not for its files: it is long
 def test_one_command_makes_the_page_and_twice_the_same(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__file__", str(home / "torch/__init__.py"))  # whose code is read
     small = {"texts": 40, "samples": 8, "length": 12, "judged": 9, "dtype": "float32"}
