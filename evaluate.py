@@ -331,7 +331,8 @@ def wiki_what(articles: list, judging: list, generator: np.random.Generator) -> 
     ones that have a topic and a description which does not repeat the title; distractors come from
     all articles.
     """
-    pools, questions = defaultdict(set), []                       # topic -> descriptions
+    questions = []
+    pools = defaultdict(set)                                      # topic -> usable descriptions
     for article in articles:
         description = article["description"] or ""
         told = article["title"].casefold() in description.casefold()

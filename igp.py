@@ -153,8 +153,8 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
         done = step / len(firsts)                                # share of the training, below 1
         u = sample_u((len(batch), len(cost)), generator)         # (b, B or L)  Eq. 3
         z = sample_z(log_alpha, u, recipe.gate)                  # (b, B or L)  Eq. 4-6
-        away = 1 - (z @ cost).mean()                             # what z takes away
-        zero = prob_zero(log_alpha, recipe.gate) @ cost          # expected share of zeroes
+        away = 1 - (z @ cost).mean()                             # share that z takes away
+        zero = prob_zero(log_alpha, recipe.gate) @ cost          # share expected to be zero
         t = (1 - done) * away + done * zero                      # of Eq. 7, see choice 2
         L_s = lagrangian(t, s_target, *lambdas)                  # Eq. 7
         L_lm, gradient = lm_gradient(model, batch, z, recipe.micro_batch)  # of Eq. 8
@@ -274,8 +274,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
 def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """The mask of a rival of baselines.py, or of the dense model; log_alpha is 1 or -1.
 
-    Deviates: a rival may spend about as many forward tokens as igp's masks together, their texts
-    at full length; see baselines.CAP.
+    Deviates: a rival reads its texts at full length, and may spend about as many forward tokens as
+    igp's masks together; see baselines.CAP.
     """
     args = run.args
     L = run.config.num_hidden_layers

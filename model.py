@@ -117,9 +117,10 @@ def read_config(folder: str | Path) -> Config:
         value = AutoConfig.from_pretrained(folder).to_dict()
     except Exception as e:  # of any kind
         raise UserError(f"{path} cannot be used ({str(e)[:300]})") from None
+    # of two spellings its model reads rope_parameters, but for original_max_position_embeddings
     rope = value.get("rope_parameters") or {}
     outer = {key: x for key, x in value.items() if key == LLAMA3[-1]}
-    value = value | rope | outer                                  # so its model reads the two
+    value = value | rope | outer
     value["layer_types"] = set(value.get("layer_types") or ["full_attention"])
     for key, implemented in IMPLEMENTED.items():
         found = value.get(key)

@@ -351,7 +351,8 @@ def begin(run: Run) -> None:
     now["router"] = args.router and hub.fingerprint(Path(args.router))
     path = args.out / "arguments.json"
     if not path.exists() and (args.out / "masks").exists():
-        raise UserError(f"{args.out} holds masks of nobody knows which run; choose another --out")
+        raise UserError(f"{args.out} holds masks, but no arguments.json that tells of which run; "
+                        "choose another --out")
     [[held]] = once_each({path: lambda: [now]})
     for key in held | now:
         if held.get(key) != now.get(key):

@@ -490,7 +490,7 @@ def test_a_finished_run_makes_nothing_again_but_names_damaged_files(
     out, err = capsys.readouterr()
     assert out == finished[1] and "making " not in err
     (tmp_path / "run/arguments.json").unlink()
-    assert "of nobody knows which run" in refused(again, capsys)
+    assert "holds masks, but no arguments.json" in refused(again, capsys)
 
 
 def test_a_topic_may_be_anything(tmp_path):
