@@ -8,8 +8,8 @@ Left out: flags, inputs and the run folder (run.py); rival methods (baselines.py
         batched generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts; b
         texts of a step, n tokens that they predict; a texts that run together, w tokens of the
-        longest, m that they predict; d width, v vocabulary. t is the current sparsity of Eq. 7, in
-        `judged` a number of tokens. z = 1 keeps a block, 0 skips it.
+        longest, m that they predict; d width, v vocabulary; t the current sparsity of Eq. 7. z = 1
+        keeps a block, 0 skips it.
 Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 """
 import contextlib
@@ -230,11 +230,11 @@ def gate_costs(config: llm.Config, budget: str,
     return cost / cost.sum()
 
 
-def draw(texts: list, n: int, generator: torch.Generator) -> list:
-    """n of the texts in random order; where there are fewer, they come again in turn."""
+def draw(texts: list, count: int, generator: torch.Generator) -> list:
+    """`count` of the texts in random order; where there are fewer, they come again in turn."""
     M = len(texts)
     order = torch.randperm(M, generator=generator)
-    return [texts[order[i % M]] for i in range(n)]
+    return [texts[order[i % M]] for i in range(count)]
 
 
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
@@ -246,11 +246,13 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     """
     args = run.args
     L = run.config.num_hidden_layers
-    masks = args.clusters if name == "static" else 1             # static: the samples of all
+    samples = args.samples
+    if name == "static":
+        samples *= args.clusters                                 # those of all masks of igp
     mixed = np.random.default_rng([args.seed, TRAINED.index(name), k])
     seed = int(mixed.integers(2**32))
     generator = torch.Generator().manual_seed(seed)              # gives the order first, then u
-    drawn = draw(texts, masks * args.samples, generator)
+    drawn = draw(texts, samples, generator)
     drawn = tokenized(run.tokenizer, drawn, args.length)
     if not drawn:
         raise UserError("a cluster has no text of two tokens; use fewer --clusters")
@@ -259,8 +261,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     recipe = Recipe(args.sparsity, cost, args.gate, args.lr,
                     args.lr_lambda, args.batch_size, args.micro_batch)
     log_alpha, lambdas = train_mask(run.model, ids, recipe, generator)
-    n = len(cost) if args.budget == "blocks" else L              # flops: rounded as layers are
-    z = harden(log_alpha, cost, whole_share(args.sparsity, n))
+    units = len(cost) if args.budget == "blocks" else L          # flops: rounded as layers are
+    z = harden(log_alpha, cost, whole_share(args.sparsity, units))
     per_gate = 2 * L // len(z)                                   # blocks: 1, or 2 if layers
     tokens = sum(len(x) - 1 for x in ids)
     return {
@@ -352,16 +354,16 @@ def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> li
     z = router.z[k]                                              # (texts, B)  Eq. 10
     loglik = evaluate.judge(run.model, ids, z)                   # (texts,)
     ppl = evaluate.perplexity(loglik, np.array(n))
-    dense = sum(llm.flops(run.config, t) for t in n)
-    cost = sum(llm.flops(run.config, t, mask) for t, mask in zip(n, z, strict=True))
+    dense = sum(llm.flops(run.config, x) for x in n)
+    pruned = sum(llm.flops(run.config, *x) for x in zip(n, z, strict=True))
     routed = 0
     if len(router.z) > 1:                                        # one mask needs no router
         routed = routing.encoder_flops(run.encoder, texts)
     row = {
         "name": name,
         "z": router.z.int().tolist(),
-        "flops_ratio": cost / dense,
-        "flops_ratio_with_router": (cost + routed) / dense,
+        "flops_ratio": pruned / dense,
+        "flops_ratio_with_router": (pruned + routed) / dense,
         "ppl": ppl,
         "cluster": k.tolist(),
         "loglikelihood": loglik.tolist(),
@@ -401,13 +403,13 @@ def ask(run: Run, task: str, router: routing.Router, asked: str) -> list[dict]:
 
 def stage_2(run: Run, methods: dict) -> list[dict]:
     """Eq. 9, 10 and the evaluation of every method: the rows of the table."""
-    out, jobs = run.args.out, {}
-    if run.args.matrix and "igp" in methods:                     # a control: each mask for all
+    out, jobs, controls = run.args.out, {}, {}
+    if run.args.matrix and "igp" in methods:                     # each mask of igp for all texts
         router, _ = methods["igp"]
         for k in range(len(router.z)):
             alone = replace(router, mu=router.mu[[k]], z=router.z[[k]])
-            methods[f"igp-mask-{k}"] = alone, []
-    for name, method in methods.items():
+            controls[f"igp-mask-{k}"] = alone, []
+    for name, method in (methods | controls).items():
         jobs[out / f"{name}.json"] = partial(judged, run, name, *method)
     rows = [row | {"tasks": {}} for [row] in once_each(jobs)]
     for task, questions in run.questions.items():
@@ -421,7 +423,7 @@ def stage_2(run: Run, methods: dict) -> list[dict]:
                 if held != [asked] * len(questions):             # other ones, or not all
                     path.unlink()
         once_each({})                                            # all wait for that
-        for row, lines in zip(rows, once_each(jobs), strict=False):  # masks alone are not asked
+        for row, lines in zip(rows, once_each(jobs), strict=False):  # controls are not asked
             logliks = [np.array(line["loglikelihood"]) for line in lines]
             row["tasks"][task] = evaluate.accuracy(questions, logliks)
     return rows

@@ -3,6 +3,7 @@
 The page's words are in results.in.md; every number is put in here. Only study.py imports this.
 Dims: B blocks, N clusters; loss is -log P in nats, n predicted tokens, both (texts,).
 """
+import itertools
 import math
 from pathlib import Path
 
@@ -206,19 +207,29 @@ def distance(out, samples, kind, other, all_seeds):
 def pairs(out, counts, names, all_seeds):
     """A line a pair of kinds: how far apart their masks are, and what the own one is worth."""
     table = []
-    for i, kind in enumerate(names):
-        for other in names[i:]:
-            line = {"kinds": kind if kind == other else f"{kind}, {other}"}
-            for samples in counts:
-                apart = distance(out, samples, kind, other, all_seeds)
-                line[f"blocks apart, {samples} texts"] = f"{apart:.1f}"
-                if kind != other:
-                    for a, b in ((kind, other), (other, kind)):
-                        gaps = lead(out, samples, a, b, all_seeds)
-                        key = f"own mask on {'first' if a == kind else 'second'}, {samples} texts"
-                        line[key] = signed(gaps)
-            table.append(line)
+    for kind, other in itertools.combinations_with_replacement(names, 2):
+        line = {"kinds": kind if kind == other else f"{kind}, {other}"}
+        for samples in counts:
+            apart = distance(out, samples, kind, other, all_seeds)
+            line[f"blocks apart, {samples} texts"] = f"{apart:.1f}"
+            for which, own, rival in (("first", kind, other), ("second", other, kind)):
+                if own != rival:
+                    above = signed(lead(out, samples, own, rival, all_seeds))
+                    line[f"own mask on {which}, {samples} texts"] = above
+        table.append(line)
     return columns(table)
+
+
+def worth(out, samples, names, all_seeds):
+    """Which pairs of kinds deserve two masks: both own ones lead by over two standard errors."""
+    found = {True: [], False: []}
+    for kind, other in itertools.combinations(names, 2):
+        apart = distance(out, samples, kind, other, all_seeds)
+        leads = [lead(out, samples, *pair, all_seeds) for pair in ((kind, other), (other, kind))]
+        sure = all(mean + 2 * error < 0 for mean, error in leads)
+        found[sure].append((apart, f"{kind} and {other} ({apart:.1f} blocks apart)"))
+    told = {sure: ", ".join(text for _, text in sorted(found[sure])) or "none" for sure in found}
+    return f"surely {told[True]}; not surely {told[False]}"
 
 
 def routings(rows):
@@ -445,6 +456,8 @@ def write(out, plan, docs):
         summary=summary(out), methods=methods(out), tasks=tasks(out), seeds=seeds(out, plan.SEEDS),
         few_kinds=kinds(out, few, plan.KINDS, plan.SEEDS),
         many_kinds=kinds(out, many, plan.KINDS, plan.SEEDS),
+        few_worth=worth(out, few, plan.KINDS, plan.SEEDS),
+        many_worth=worth(out, many, plan.KINDS, plan.SEEDS),
         pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
         routing=end_to_end(out, [*runs, "mixture"]),
         swaps=swaps(out, few, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),

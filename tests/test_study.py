@@ -79,6 +79,20 @@ def test_differences_are_paired():
     assert mean == pytest.approx(50 * ((a - b).mean() + (b[:9] - n[:9]).mean()))
 
 
+def test_which_pairs_are_worth_two_masks(tmp_path):
+    sure, unsure = np.array([0.9, 1, 1.1, 1]), np.array([-1, 1, -1, 1.5])
+    above = {"ab": sure, "ba": sure, "ac": sure, "ca": unsure, "bc": unsure, "cb": unsure}
+    zs = {"a": [1, 1, 0, 0], "b": [0, 0, 1, 1], "c": [1, 0, 0, 1]}
+    for own in "abc":
+        losses = {kind: {"loss": (9 + above.get(kind + own, 0 * sure)).tolist(), "tokens": [3] * 4}
+                  for kind in "abc"}
+        once(tmp_path / f"{own}-8-0.json", lambda own=own, losses=losses: [
+            {"z": zs[own], "losses": losses}, {"losses": losses}, []])
+    told = document.worth(tmp_path, 8, "abc", [0])
+    assert told == ("surely a and b (4.0 blocks apart); "
+                    "not surely a and c (2.0 blocks apart), b and c (2.0 blocks apart)")
+
+
 @pytest.mark.embedded                                             # not for its files: it is long
 def test_one_command_makes_the_page_and_twice_the_same(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__file__", str(home / "torch/__init__.py"))  # whose code is read
