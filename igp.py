@@ -7,9 +7,11 @@ Source: Qiao, Zhang, Feng 2025, "IG-Pruning: Input-Guided Block Pruning for Larg
 Left out: flags, inputs and the run folder (run.py); rival methods (baselines.py); sampled and
         batched generation.
 Dims:   B = 2L blocks (attention 0, FFN 0, attention 1, ...), N clusters, M calibration texts; b
-        texts of a step, n tokens that they predict; a texts that run together, w tokens of the
+        texts of a step, n tokens that they predict; p texts that run together, w tokens of the
         longest, m that they predict; d width, v vocabulary; t the current sparsity of Eq. 7. z = 1
-        keeps a block, 0 skips it.
+        keeps a block, 0 skips it. A gate is one z_i, of a block or of both blocks of a layer, and
+        closed where it is 0; Recipe.gate names a reading of Eq. 4.
+Tags:   Silent, the paper does not say, and what follows is our choice; Deviates, we do otherwise.
 Run:    python igp.py    or    python igp.py --model FOLDER --sparsity 0.25
 """
 import contextlib
@@ -59,12 +61,32 @@ class Recipe:
     """What a mask's training is given besides model, texts and draws; for the flags see run.py."""
 
     s_target: float   # of Eq. 7
-    cost: Tensor      # (B,) or (L,), of `gate_costs`
-    gate: str         # which reading of Eq. 4
+    cost: Tensor      # (B,) or (L,), of `gate_costs`: its sum is 1
+    gate: str         # which reading of Eq. 4, "paper" or "louizos"
     lr: float         # Adam's rate for log_alpha
     lr_lambda: float  # Adam's rate for lambda_1, lambda_2
     batch_size: int   # b
     micro_batch: int  # texts of a step that run at a time; for memory, else only roundings differ
+
+
+def gate_costs(config: llm.Config, budget: str,
+               granularity: str, length: int) -> Tensor:
+    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
+
+    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
+    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
+    (Sec. 4.3).
+    """
+    L = config.num_hidden_layers
+    if granularity == "layer":                                   # all alike, by blocks or FLOPs
+        return torch.full((L,), 1 / L)
+    cost = torch.ones(2 * L)
+    if budget == "flops":
+        alone = torch.eye(2 * L, dtype=torch.bool)               # row i keeps block i alone
+        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
+        saved = [llm.flops(config, length, z) - head for z in alone]
+        cost = torch.tensor(saved).float()
+    return cost / cost.sum()
 
 
 def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
@@ -83,26 +105,27 @@ def lm_gradient(model: llm.Transformer, texts: list,
 
     texts: b lists of at least 2 token ids; z float32 (b, B), or (b, L) if layers, on the CPU. A
     text's own row of z multiplies its blocks. micro_batch texts run at a time, and their gradients
-    add up. Returns a float and a tensor like z. The weights are frozen: of the backward pass only
-    the half that carries gradients back to z is left: about two forwards in all, not three. A
-    block whose z is 0 for all texts that run together costs nothing, and its gradient is left at 0:
-    the clamp of Eq. 6 passes none on. The model rounds z to its own dtype; t takes it as it is.
-    The head has a backward pass of its own (leaf): logits exist for some positions at a time.
+    add up. Returns a float and a tensor like z. The weights are frozen, and get no gradient: a step
+    costs about two forwards, where the training of weights costs three. A block whose z is 0 for
+    all texts that run together costs nothing, and its gradient is left at 0: the clamp of Eq. 6
+    passes none on. The model rounds z to its own dtype (Eq. 7 does not).
+    The graph is cut at the hidden states (leaf): the head runs forward and backward on some
+    positions at a time, so that the logits of all never exist at once.
     """
     z = z.detach().requires_grad_()
-    z.grad = torch.zeros_like(z)
+    z.grad = torch.zeros_like(z)                                 # also if no block runs
     n = sum(len(x) - 1 for x in texts)
     loss = torch.zeros((), device=model.head_weight.device)
     for first in range(0, len(texts), micro_batch):
         part = slice(first, first + micro_batch)
         rows = [torch.tensor(x) for x in texts[part]]
-        padded = pad_sequence(rows, batch_first=True, padding_value=-1)  # (a, w)
-        real = padded[:, 1:] >= 0                                # (a, w - 1) what is predicted
+        padded = pad_sequence(rows, batch_first=True, padding_value=-1)  # (p, w)
+        real = padded[:, 1:] >= 0                                # (p, w - 1) what is predicted
         ids = padded.clamp(0).to(loss.device)
         targets = ids[:, 1:][real]                               # (m,)
         per_gate = model.B // z.shape[1]                         # blocks of a gate: 1, or 2
-        blocks = z[part].repeat_interleave(per_gate, 1)          # (a, B)
-        hidden = model(ids, blocks)                              # (a, w, d)
+        blocks = z[part].repeat_interleave(per_gate, 1)          # (p, B)
+        hidden = model(ids, blocks)                              # (p, w, d)
         hidden = hidden[:, :-1][real]                            # (m, d)
         leaf = hidden.detach().requires_grad_()
         for h, y in evaluate.slices(leaf, targets):
@@ -116,17 +139,18 @@ def lm_gradient(model: llm.Transformer, texts: list,
 
 
 # Four choices decide what a mask's training gives:
-# 1. The start. Silent: log_alpha = log((1 - s) / s), as Louizos et al. for a drop rate s, here
-#    s_target: 1 - mean(z) begins near it, and the lambdas, from 0, need not undo another start.
-# 2. t of Eq. 7. Deviates: the paper's share of zeroes has no gradient. Over the training t moves
-#    from 1 - mean(z), which every gate between 0 and 1 feels, to P(z = 0) in closed form, the
-#    expectation of the paper's t, so that in the end most skipped gates are exactly 0. The weight
-#    of the second is step / steps, so that the last step's is just below 1.
+# 1. The start. Silent: log_alpha = log((1 - s_target) / s_target), as Louizos et al. for a drop
+#    rate: 1 - mean(z) begins near the target, and the lambdas, from 0, need not undo another start.
+# 2. t of Eq. 7. Deviates: the paper's t, "the proportion of zeroes in the mask", has no gradient.
+#    Ours is a blend of two, both weighted by cost: 1 - mean(z), which every gate between 0 and 1
+#    feels, and P(z = 0) in closed form, the expectation of the paper's t. The blend goes from the
+#    first to the second, so that in the end most skipped gates are exactly 0. The weight of the
+#    second is step / steps, so that the last step's is just below 1.
 # 3. Sums and rates. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean
-#    over a step's predicted tokens, which sets its weight against L_s. Silent: a row of u for each
-#    text; one Adam for all, betas 0.9 and 0.999, whose step is rate m / (sqrt(v) + 1e-8), m and v
-#    bias-corrected; log_alpha's rate is constant, then falls linearly (FLAT); the lambdas' rate is
-#    constant, and they are not clamped: lambda_2 only grows.
+#    over a step's predicted tokens, which sets its weight against L_s. Silent: steps, batches, and
+#    a row of u for each text; that the lambdas ascend (the paper says "minimize"); one Adam for
+#    all, with torch's betas and eps; log_alpha's rate is constant, then falls linearly (FLAT); the
+#    lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
 # 4. How z is made binary when the training is over: hardconcrete.harden. The share that it reaches
 #    is rounded (whole_share), s_target is not.
 
@@ -161,7 +185,8 @@ def train_mask(model: llm.Transformer, texts: list, recipe: Recipe,
         if not math.isfinite(L_lm):
             raise UserError(f"loss {L_lm} at step {step}; try a lower --lr or --dtype float32")
         adam.zero_grad()
-        torch.autograd.backward([z, L_s], [gradient, None])      # the gradient of Eq. 8
+        # Eq. 8's gradient: L_LM's by z, made above, and L_s go on to log_alpha and the lambdas
+        torch.autograd.backward([z, L_s], [gradient, None])
         falling = (1 - done) / (1 - FLAT)
         adam.param_groups[0]["lr"] = recipe.lr * min(1, falling)
         adam.step()
@@ -208,47 +233,30 @@ def answer(run: Run, router: routing.Router) -> None:
 
 
 # ------------------------------------------------------------------ a run, stage by stage
-
-
-def gate_costs(config: llm.Config, budget: str,
-               granularity: str, length: int) -> Tensor:
-    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
-
-    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
-    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
-    (Sec. 4.3).
-    """
-    L = config.num_hidden_layers
-    if granularity == "layer":                                   # all alike, by blocks or FLOPs
-        return torch.full((L,), 1 / L)
-    cost = torch.ones(2 * L)
-    if budget == "flops":
-        one = torch.eye(2 * L, dtype=torch.bool)                 # row i keeps block i alone
-        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
-        saved = [llm.flops(config, length, z) - head for z in one]
-        cost = torch.tensor(saved).float()
-    return cost / cost.sum()
+# The same stages on files. once_each(jobs) takes path -> make, makes what is missing, and gives the
+# contents in the same order; to tensors it adds the seconds that they took. A first reading may
+# end here.
 
 
 def draw(texts: list, count: int, generator: torch.Generator) -> list:
-    """`count` of the texts in random order; where there are fewer, they come again in turn."""
-    M = len(texts)
-    order = torch.randperm(M, generator=generator)
-    return [texts[order[i % M]] for i in range(count)]
+    """`count` of the texts in random order. Silent: too few of them come again in turn."""
+    order = torch.randperm(len(texts), generator=generator)
+    return [texts[order[i % len(order)]] for i in range(count)]
 
 
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
-    """Eq. 3-8: mask k of igp, or of static, from the texts of its cluster; and its binary z.
+    """Eq. 3-8: mask k of igp, from the texts of its cluster, or of static; and its binary z.
 
-    NumPy's SeedSequence mixes --seed, the method and k; PCG64 then draws the seed of torch's own
-    generator. Epochs repeat one order; t and the rate span all of them. Texts of one token are left
-    out after the draw, so that there may be fewer than --samples.
+    static, which the paper lacks, is one mask for all inputs, trained like igp's, on the samples of
+    all of them. NumPy's SeedSequence mixes --seed, the method and k; PCG64 then draws the seed of
+    torch's own generator. Epochs repeat one order; t's blend and the rate run once over all of
+    them. Texts of one token are left out after the draw, so that there may be fewer than --samples.
     """
     args = run.args
     L = run.config.num_hidden_layers
     samples = args.samples
     if name == "static":
-        samples *= args.clusters                                 # those of all masks of igp
+        samples *= args.clusters
     mixed = np.random.default_rng([args.seed, TRAINED.index(name), k])
     seed = int(mixed.integers(2**32))
     generator = torch.Generator().manual_seed(seed)              # gives the order first, then u
@@ -261,7 +269,8 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
     recipe = Recipe(args.sparsity, cost, args.gate, args.lr,
                     args.lr_lambda, args.batch_size, args.micro_batch)
     log_alpha, lambdas = train_mask(run.model, ids, recipe, generator)
-    units = len(cost) if args.budget == "blocks" else L          # flops: rounded as layers are
+    # a share of FLOPs is rounded to whole layers, so that it is that of rivals, who skip them
+    units = len(cost) if args.budget == "blocks" else L
     z = harden(log_alpha, cost, whole_share(args.sparsity, units))
     per_gate = 2 * L // len(z)                                   # blocks: 1, or 2 if layers
     tokens = sum(len(x) - 1 for x in ids)
@@ -274,7 +283,7 @@ def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]
 
 
 def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
-    """The mask of a rival of baselines.py, or of the dense model; log_alpha is 1 or -1.
+    """The one mask (k = 0) of a rival of baselines.py, or of the dense model; log_alpha is 1 or -1.
 
     Deviates: a rival reads its texts at full length, and may spend about as many forward tokens as
     igp's masks together; see baselines.CAP.
@@ -284,7 +293,7 @@ def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor
     z, spent = torch.ones(2 * L, dtype=torch.bool), 0
     if name != "dense":
         most = 2 * args.clusters * args.samples * args.epochs * args.length
-        one_by_one = (tokenized(run.tokenizer, [x], None) for x in texts)
+        one_by_one = (tokenized(run.tokenizer, [x], None) for x in texts)  # as far as is read
         search = baselines.Search(
             model=run.model,
             texts=(x["tokens"] for found in one_by_one for x in found),
@@ -322,16 +331,16 @@ def stage_1(run: Run) -> dict[str, tuple]:
             jobs[path] = partial(make, run, name, k, texts)
     made = iter(once_each(jobs))                                 # Eq. 3-8
     for name, parts in groups.items():
-        masks = [next(made) for _ in parts]
-        z = torch.stack([x["z"] for x in masks])
-        log_alpha = torch.stack([x["log_alpha"] for x in masks])
+        files = [next(made) for _ in parts]
+        z = torch.stack([x["z"] for x in files])
+        log_alpha = torch.stack([x["log_alpha"] for x in files])
         igp = name == "igp"
         centroids = mu if igp else torch.zeros(1, 1)             # one mask needs none
         router = routing.Router(centroids, z, log_alpha, run.identity)
-        methods[name] = router, masks
+        methods[name] = router, files
         if rank() == 0:
-            path = "router.safetensors" if igp else f"{name}.safetensors"
-            routing.save(router, args.out / path)
+            file = "router.safetensors" if igp else f"{name}.safetensors"
+            routing.save(router, args.out / file)
     return {name: methods[name] for name in args.method}
 
 
@@ -341,11 +350,11 @@ def clustered(run: Run) -> dict[str, Tensor]:
     return clusters(e, run.args.clusters, run.args.seed)         # Eq. 2
 
 
-def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> list[dict]:
-    """A row of the table, from the held-out texts, each under its own mask; masks: their files.
+def judged(run: Run, name: str, router: routing.Router, files: list[dict]) -> list[dict]:
+    """A row of the table, from the held-out texts, each under its own mask; files: of `stage_1`.
 
-    Silent: what is routed. A text on what the encoder reads of it, so that the choice among N masks
-    has seen some of what is predicted, and nothing else has.
+    Silent: what is routed. A text on what the encoder reads of it, so that the choice of its mask
+    sees tokens that are then predicted; that is all it can tell of them.
     """
     texts = [x["text"] for x in run.held_out]
     ids = [x["tokens"] for x in run.held_out]
@@ -355,29 +364,29 @@ def judged(run: Run, name: str, router: routing.Router, masks: list[dict]) -> li
     loglik = evaluate.judge(run.model, ids, z)                   # (texts,)
     ppl = evaluate.perplexity(loglik, np.array(n))
     dense = sum(llm.flops(run.config, x) for x in n)
-    pruned = sum(llm.flops(run.config, *x) for x in zip(n, z, strict=True))
-    routed = 0
+    pruned = sum(llm.flops(run.config, x, own) for x, own in zip(n, z, strict=True))
+    router_flops = 0
     if len(router.z) > 1:                                        # one mask needs no router
-        routed = routing.encoder_flops(run.encoder, texts)
+        router_flops = routing.encoder_flops(run.encoder, texts)
     row = {
         "name": name,
         "z": router.z.int().tolist(),
         "flops_ratio": pruned / dense,
-        "flops_ratio_with_router": (pruned + routed) / dense,
+        "flops_ratio_with_router": (pruned + router_flops) / dense,
         "ppl": ppl,
         "cluster": k.tolist(),
         "loglikelihood": loglik.tolist(),
         "tokens": n,
     }
     for key in ("forward_tokens", "seconds"):
-        row[key] = sum(x[key].item() for x in masks)
+        row[key] = sum(x[key].item() for x in files)
     return [row]
 
 
 def ask(run: Run, task: str, router: routing.Router, asked: str) -> list[dict]:
     """A line a question; its choices share the mask that its context picks.
 
-    Silent: what is routed. A question on its context alone.
+    Silent: what is routed. A question's mask is picked by its context alone.
     """
     questions = run.questions[task]
     texts = [question.routed for question in questions]
@@ -422,7 +431,7 @@ def stage_2(run: Run, methods: dict) -> list[dict]:
                 held = [line["asked"] for line in once(path)]
                 if held != [asked] * len(questions):             # other ones, or not all
                     path.unlink()
-        once_each({})                                            # all wait for that
+        once_each({})                                            # every process waits for that
         for row, lines in zip(rows, once_each(jobs), strict=False):  # controls are not asked
             logliks = [np.array(line["loglikelihood"]) for line in lines]
             row["tasks"][task] = evaluate.accuracy(questions, logliks)
@@ -447,8 +456,8 @@ def describe(run: Run, path: Path) -> list[str]:
 def fitting(run: Run) -> int:
     """How many texts of a step fit in what is free on a CUDA device, at least 1; elsewhere all.
 
-    What a step keeps of a text is at most its FLOPs / d numbers (docs/gpu.md has the exact sum),
-    with room for the logits, and for what the allocator cannot use.
+    What a step keeps of a text, logits included, is about its FLOPs / d numbers; docs/gpu.md has
+    the exact sum, which for a single text may be 1.2 times as much.
     """
     args = run.args
     if "cuda" not in args.device:
@@ -464,10 +473,11 @@ def work(args) -> None:
     if torch.distributed.is_torchelastic_launched():             # torchrun: see run.once_each
         patience = timedelta(days=30)                            # of who waits for another's mask
         torch.distributed.init_process_group("gloo", timeout=patience)
-    torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN plans for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)                  # off: it plans for every length
     run = open_run(args)
     writes = args.prompt is None or run.router is None
-    with locked(args.out) if writes and rank() == 0 else contextlib.nullcontext():
+    lock = locked(args.out) if writes and rank() == 0 else contextlib.nullcontext()
+    with lock:
         if writes:
             begin(run)
         run.model = llm.load(run.folder, args.device, getattr(torch, args.dtype))
