@@ -233,42 +233,34 @@ def worth(out, samples, names, all_seeds):
 
 
 def routings(rows):
-    """Routings of a run's masks: perplexity, and nats a token above the best single mask.
+    """One line: perplexity under routings of a run's masks, and how far the router's is above two.
 
-    Best is the mask whose perplexity is the lowest on these very texts, so that routing has no
-    easier rival.
+    Best is the single mask whose perplexity is the lowest on these very texts, so that routing has
+    no easier rival.
     """
     loss = {found["name"]: loss_of(found)[0] for found in rows}
     n = np.array(rows[0]["tokens"])
     masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
-    best = min(masks, key=np.sum)
     ways = {
-        "nearest centroid (Eq. 9)": loss["igp"],
-        "best single mask": best,
-        "random mask, in expectation": np.mean(masks, 0),
-        "oracle: the best mask of each text": np.min(masks, 0),
+        "router": loss["igp"],
+        "best single mask": min(masks, key=np.sum),
+        "random mask": np.mean(masks, 0),
+        "oracle": np.min(masks, 0),
     }
     if "static" in loss:
-        ways["static: N = 1, all tokens"] = loss["static"]
-    table = []
-    for name, values in ways.items():
-        table.append({
-            "routing": name,
-            "perplexity": f"{evaluate.perplexity(-values, n):.2f}",
-            "above the best single": signed(gap(values, best, n)),
-        })
-    return table
+        ways["static"] = loss["static"]
+    line = {name: f"{evaluate.perplexity(-x, n):.2f}" for name, x in ways.items()}
+    for name in ("best single mask", "static"):
+        if name in ways:
+            line[f"router above {name}"] = signed(gap(loss["igp"], ways[name], n))
+    return line
 
 
-def end_to_end(out, runs):
-    """A line a run and routing: k-means and the router choose among a run's masks."""
-    table = []
-    for run in runs:
-        names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
-        names += ["static"] * (out / run / "static.json").exists()
-        for line in routings([row(out, run, name) for name in names]):
-            table.append({"run": run} | line)
-    return evaluate.markdown(table)
+def routed(out, run):
+    """`routings` of a run's files."""
+    names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
+    names += ["static"] * (out / run / "static.json").exists()
+    return routings([row(out, run, name) for name in names])
 
 
 def swaps(out, samples, names, all_seeds):
@@ -419,11 +411,11 @@ def summary(out):
             lines.append(f"{what} {name} has {found['ppl']:.2f}, the best rival, {best['name']}, "
                          f"{best['ppl']:.2f}: {above} nats a token.")
     for run, what in (("demo", "On code and Wikipedia"), ("16", "On FineWeb-Edu alone")):
-        names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
-        nearest, best, *_ = routings([row(out, run, name) for name in names])
-        above = nearest["above the best single"]
-        lines.append(f"{what} routing has {nearest['perplexity']}, the best single mask of the "
-                     f"same run {best['perplexity']}: {above} nats a token.")
+        found = routed(out, run)
+        best, above = found["best single mask"], found["router above best single mask"]
+        lines.append(f"{what} routing has {found['router']}, the best of its masks for all texts "
+                     f"{best}: {above} nats a token; static, one mask trained on all, "
+                     f"{found['static']}: {found['router above static']}.")
     return "\n".join(f"* {line}" for line in lines)
 
 
@@ -459,7 +451,7 @@ def write(out, plan, docs):
         few_worth=worth(out, few, plan.KINDS, plan.SEEDS),
         many_worth=worth(out, many, plan.KINDS, plan.SEEDS),
         pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
-        routing=end_to_end(out, [*runs, "mixture"]),
+        routing=columns([{"run": run} | routed(out, run) for run in [*runs, "mixture"]]),
         swaps=swaps(out, few, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
         paper=PAPER, beside=beside(out), demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
         bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),
