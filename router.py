@@ -111,8 +111,8 @@ def load(path: str | Path) -> Router:
             mu, z, log_alpha = map(f.get_tensor, ("mu", "z", "log_alpha"))
             identity = json.loads((f.metadata() or {}).get("igp", "{}"))
     except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path} is no readable router ({e}); delete it, or name one that "
-                        "igp.py wrote") from None
+        raise UserError(f"{path} is no readable router ({e}); name a router.safetensors that a "
+                        "run of igp.py left in its folder") from None
     floats = mu.dtype == torch.float32 and mu.isfinite().all()
     bools = z.dtype == torch.bool and z.numel() and z.view(torch.uint8).max() <= 1
     shapes = mu.ndim == z.ndim == 2 and len(mu) == len(z)

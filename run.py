@@ -66,7 +66,7 @@ FLAGS = {  # likewise; `begin` compares contents instead, or a run folder may se
               "tokenizer.json and *.safetensors"),
     "preset": ("demo", "paper", "if not given, paper for another --model", "demo", "paper"),
     "calibration": ("wikipedia+code", "fineweb-edu",
-                    "texts of Stage 1: wikipedia, wikitext2, alpaca, one of these, or a file"),
+                    "texts of Stage 1: a file, one of these, wikipedia, wikitext2 or alpaca"),
     "method": ("dense,igp", "dense,igp", f"of {', '.join(METHODS)}, comma-separated; or all"),
     "matrix": (True, False, "judge every held-out text under every mask, too"),
     "micro_batch": (0, 0, "texts of a step that run at a time; if not given, what fits"),
@@ -85,7 +85,7 @@ LEAST = {"sparsity": 0, "length": 2, "judged": 2, "lr": 0, "lr_lambda": 0, "seed
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, under the preset they ask for, checked as far as no file is needed."""
-    p = argparse.ArgumentParser("igp.py", description=__doc__)
+    p = argparse.ArgumentParser("igp.py", description="IG-Pruning: a mask per kind of input.")
     p.error = lambda message: p.exit(2, f"igp.py: error: {message}; --help lists the flags\n")
     flags = SETTINGS | FLAGS
     for flag, (demo, paper, meaning, *choices) in flags.items():
@@ -357,4 +357,4 @@ def begin(run: Run) -> None:
     for key in held | now:
         if held.get(key) != now.get(key):
             raise UserError(f"{args.out} holds a run with another {key}: {held.get(key)}, now "
-                            f"{now.get(key)}; choose another --out")
+                            f"{now.get(key)}; choose another --out, or delete that folder")
