@@ -66,10 +66,9 @@ def points(own, other):
     return np.mean(means), math.sqrt(sum(errors)) / len(gaps)
 
 
-def signed(value):
+def signed(value, digits=3):
     """A difference and its standard error, as they are printed."""
     mean, error = value
-    digits = 1 if abs(mean) >= 0.5 or error >= 0.5 else 3
     return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
@@ -138,7 +137,7 @@ def tasks(out):
                     place = run.removesuffix("-flops") if rival == "sleb" else run
                     other = dense if rival == "dense" else hits(out, place, rival)
                     if other and name not in ("dense", rival):
-                        line[f"above {rival}"] = signed(points(own, other))
+                        line[f"above {rival}"] = signed(points(own, other), 1)
                 table.append(line)
     return columns(table)
 
@@ -229,7 +228,7 @@ def worth(out, samples, names, all_seeds):
         sure = all(mean + 2 * error < 0 for mean, error in leads)
         found[sure].append((apart, f"{kind} and {other} ({apart:.1f} blocks apart)"))
     told = {sure: ", ".join(text for _, text in sorted(found[sure])) or "none" for sure in found}
-    return f"surely {told[True]}; not surely {told[False]}"
+    return f"{told[True]}; all others: {told[False]}"
 
 
 def routings(rows):
@@ -386,7 +385,7 @@ def beside(out):
             line["its FLOPs"] = f"{row(out, run, 'igp')['flops_ratio']:.1%}"
         if rivals:
             best = max(rivals, key=rivals.get)
-            line["best rival"] = f"{rivals[best]:.2f} ({best})"
+            line["best rival"] = f"{rivals[best]:.2f} ({best}, of {len(rivals)} asked)"
         line["their FLOPs"] = f"{row(out, run, 'sleb')['flops_ratio']:.1%}"
         table.append(line)
     return columns(table)

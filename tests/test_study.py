@@ -89,8 +89,8 @@ def test_which_pairs_are_worth_two_masks(tmp_path):
         once(tmp_path / f"{own}-8-0.json", lambda own=own, losses=losses: [
             {"z": zs[own], "losses": losses}, {"losses": losses}, []])
     told = document.worth(tmp_path, 8, "abc", [0])
-    assert told == ("surely a and b (4.0 blocks apart); "
-                    "not surely a and c (2.0 blocks apart), b and c (2.0 blocks apart)")
+    assert told == ("a and b (4.0 blocks apart); "
+                    "all others: a and c (2.0 blocks apart), b and c (2.0 blocks apart)")
 
 
 @pytest.mark.embedded                                             # not for its files: it is long
