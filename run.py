@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         more = {"type": kind, "choices": choices or None}
         if kind is bool:
             more = {"action": argparse.BooleanOptionalAction}
-        values = f" (demo: {demo}, paper: {paper})"
+        values = "" if demo is None else f" (demo: {demo}, paper: {paper})"
         p.add_argument(f"--{flag.replace('_', '-')}", help=meaning + values, **more)
     args = p.parse_args(argv)
     demo = args.preset == "demo" or not args.preset and args.model in (None, hub.EMBEDDED)
