@@ -37,7 +37,7 @@ def sample_z(log_alpha: Tensor, u: Tensor, gate: str) -> Tensor:
     """Eq. 4-6: z = clip(s (r - l) + l, 0, 1), s = sigmoid(1/beta log(u / (1 - u)) + log alpha).
 
     log_alpha (..., B), u (..., B) in (0, 1), broadcast; gate "paper" or "louizos". z (..., B).
-    Where s_bar is outside [0, 1], no gradient reaches log_alpha.
+    Where s_bar is outside [0, 1], no gradient reaches log_alpha; at exactly 0 or 1 it does.
     """
     a, b = GATES[gate]
     s = torch.sigmoid(a * torch.log(u / (1 - u)) + b * log_alpha)  # Eq. 4

@@ -302,7 +302,7 @@ def split(texts: list[dict], streamed: bool = False) -> tuple[list, list, list]:
     fifth judges, a fifth selects. Raises UserError for fewer than 10 texts.
     """
     if len(texts) < 10:
-        raise UserError(f"--calibration has {len(texts)} texts, give it a file of at least 10")
+        raise UserError(f"--calibration has {len(texts)} texts; give it at least 10")
     if streamed and len(texts) > 2 * JUDGING:
         return texts[2 * JUDGING:], texts[JUDGING:2 * JUDGING], texts[:JUDGING]
     texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]

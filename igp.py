@@ -56,39 +56,6 @@ NEW_TOKENS = 128  # Silent: the longest text that --prompt gives
 # ------------------------------------------------------------------ Stage 1: clusters and masks
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a mask's training is given besides model, texts and draws; for the flags see run.py."""
-
-    s_target: float   # of Eq. 7
-    cost: Tensor      # (B,) or (L,), of `gate_costs`: its sum is 1
-    gate: str         # which reading of Eq. 4, "paper" or "louizos"
-    lr: float         # Adam's rate for log_alpha
-    lr_lambda: float  # Adam's rate for lambda_1, lambda_2
-    batch_size: int   # b
-    micro_batch: int  # texts of a step that run at a time; for memory, else only roundings differ
-
-
-def gate_costs(config: llm.Config, budget: str,
-               granularity: str, length: int) -> Tensor:
-    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
-
-    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
-    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
-    (Sec. 4.3).
-    """
-    L = config.num_hidden_layers
-    if granularity == "layer":                                   # all alike, by blocks or FLOPs
-        return torch.full((L,), 1 / L)
-    cost = torch.ones(2 * L)
-    if budget == "flops":
-        alone = torch.eye(2 * L, dtype=torch.bool)               # row i keeps block i alone
-        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
-        saved = [llm.flops(config, length, z) - head for z in alone]
-        cost = torch.tensor(saved).float()
-    return cost / cost.sum()
-
-
 def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
     """Eq. 2: mu (N, d_e) float32 and labels (M,) of the texts' embeddings e (M, d_e), Eq. 1."""
     generator = np.random.default_rng(seed)
@@ -97,6 +64,19 @@ def clusters(e: np.ndarray, N: int, seed: int) -> dict[str, Tensor]:
         "mu": torch.from_numpy(mu),
         "labels": torch.from_numpy(labels),
     }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a mask's training is given besides model, texts and draws; for the flags see run.py."""
+
+    s_target: float   # of Eq. 7
+    cost: Tensor      # (B,), or (L,) if layers: a gate's weight in t; of sum 1, 1 / B in the paper
+    gate: str         # which reading of Eq. 4, "paper" or "louizos"
+    lr: float         # Adam's rate for log_alpha
+    lr_lambda: float  # Adam's rate for lambda_1, lambda_2
+    batch_size: int   # b
+    micro_batch: int  # texts of a step that run at a time; for memory, else only roundings differ
 
 
 def lm_gradient(model: llm.Transformer, texts: list,
@@ -108,7 +88,7 @@ def lm_gradient(model: llm.Transformer, texts: list,
     add up. Returns a float and a tensor like z. The weights are frozen, and get no gradient: a step
     costs about two forwards, where the training of weights costs three. A block whose z is 0 for
     all texts that run together costs nothing, and its gradient is left at 0: the clamp of Eq. 6
-    passes none on. The model rounds z to its own dtype (Eq. 7 does not).
+    passes none on, unless s_bar is 0 exactly. The model rounds z to its own dtype (Eq. 7 does not).
     The graph is cut at the hidden states (leaf): the head runs forward and backward on some
     positions at a time, so that the logits of all never exist at once.
     """
@@ -149,8 +129,9 @@ def lm_gradient(model: llm.Transformer, texts: list,
 # 3. Sums and rates. Deviates: Eq. 8 adds up the losses of a cluster's texts; here L_LM is the mean
 #    over a step's predicted tokens, which sets its weight against L_s. Silent: steps, batches, and
 #    a row of u for each text; that the lambdas ascend (the paper says "minimize"); one Adam for
-#    all, with torch's betas and eps; log_alpha's rate is constant, then falls linearly (FLAT); the
-#    lambdas' rate is constant, and they are not clamped: lambda_2 only grows.
+#    all, betas 0.9 and 0.999, bias-corrected, 1e-8 added to the root; log_alpha's rate is constant,
+#    then falls linearly (FLAT); the lambdas' rate is constant, and they are not clamped: lambda_2
+#    only grows.
 # 4. How z is made binary when the training is over: hardconcrete.harden. The share that it reaches
 #    is rounded (whole_share), s_target is not.
 
@@ -238,6 +219,26 @@ def answer(run: Run, router: routing.Router) -> None:
 # end here.
 
 
+def gate_costs(config: llm.Config, budget: str,
+               granularity: str, length: int) -> Tensor:
+    """What each gate counts in t and in `harden`: float32 (B,), or (L,) for layers, of sum 1.
+
+    Deviates: --budget flops counts a block by its share of the blocks' FLOPs in texts of `length`;
+    the paper, and --budget blocks, counts every block alike. A layer's gate is that of both blocks
+    (Sec. 4.3).
+    """
+    L = config.num_hidden_layers
+    if granularity == "layer":                                   # all alike, by blocks or FLOPs
+        return torch.full((L,), 1 / L)
+    cost = torch.ones(2 * L)
+    if budget == "flops":
+        alone = torch.eye(2 * L, dtype=torch.bool)               # row i keeps block i alone
+        head = llm.flops(config, length, torch.zeros(2 * L))     # without any block
+        saved = [llm.flops(config, length, z) - head for z in alone]
+        cost = torch.tensor(saved).float()
+    return cost / cost.sum()
+
+
 def draw(texts: list, count: int, generator: torch.Generator) -> list:
     """`count` of the texts in random order. Silent: too few of them come again in turn."""
     order = torch.randperm(len(texts), generator=generator)
@@ -247,10 +248,11 @@ def draw(texts: list, count: int, generator: torch.Generator) -> list:
 def trained(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor]:
     """Eq. 3-8: mask k of igp, from the texts of its cluster, or of static; and its binary z.
 
-    static, which the paper lacks, is one mask for all inputs, trained like igp's, on the samples of
-    all of them. NumPy's SeedSequence mixes --seed, the method and k; PCG64 then draws the seed of
-    torch's own generator. Epochs repeat one order; t's blend and the rate run once over all of
-    them. Texts of one token are left out after the draw, so that there may be fewer than --samples.
+    static, which the paper lacks, is one mask for all inputs, trained like one of igp's, but on as
+    many samples as all of these. NumPy's SeedSequence mixes --seed, the method and k; PCG64 then
+    draws the seed of torch's own generator. Epochs repeat one order; t's blend and the rate run
+    once over all of them. Texts of one token are left out after the draw, so that there may be
+    fewer than --samples.
     """
     args = run.args
     L = run.config.num_hidden_layers
@@ -293,7 +295,7 @@ def searched(run: Run, name: str, k: int, texts: list[dict]) -> dict[str, Tensor
     z, spent = torch.ones(2 * L, dtype=torch.bool), 0
     if name != "dense":
         most = 2 * args.clusters * args.samples * args.epochs * args.length
-        one_by_one = (tokenized(run.tokenizer, [x], None) for x in texts)  # as far as is read
+        one_by_one = (tokenized(run.tokenizer, [x], None) for x in texts)  # when it is read
         search = baselines.Search(
             model=run.model,
             texts=(x["tokens"] for found in one_by_one for x in found),
@@ -351,8 +353,9 @@ def clustered(run: Run) -> dict[str, Tensor]:
 
 
 def judged(run: Run, name: str, router: routing.Router, files: list[dict]) -> list[dict]:
-    """A row of the table, from the held-out texts, each under its own mask; files: of `stage_1`.
+    """A row of the table, from the held-out texts, each under its own mask.
 
+    files: what the files of the router's masks hold, for their tokens and seconds.
     Silent: what is routed. A text on what the encoder reads of it, so that the choice of its mask
     sees tokens that are then predicted; that is all it can tell of them.
     """
