@@ -69,7 +69,7 @@ FLAGS = {  # likewise; `begin` compares contents instead, or a run folder may se
                     "texts of Stage 1: a file, one of these, wikipedia, wikitext2 or alpaca"),
     "method": ("dense,igp", "dense,igp", f"of {', '.join(METHODS)}, comma-separated; or all"),
     "matrix": (True, False, "judge every held-out text under every mask, too"),
-    "micro_batch": (0, 0, "texts of a step that run at a time; if not given, what fits"),
+    "micro_batch": (0, 0, "texts of a step that run at a time; 0: what fits"),
     "router": (None, None, "apply this router.safetensors, train nothing"),
     "prompt": (None, None, "answer this text, or - for standard input, under its own mask"),
     "tasks": (None, None, f"of {', '.join(TASKS)}, comma-separated; '' for none"),
@@ -80,7 +80,8 @@ FLAGS = {  # likewise; `begin` compares contents instead, or a run folder may se
     "device": (None, None, "cpu, cuda or mps; if not given, a GPU where there is one"),
     "out": (None, None, "run folder; if not given, runs/<model>-<sparsity>-<preset>"),
 }
-LEAST = {"sparsity": 0, "length": 2, "judged": 2, "lr": 0, "lr_lambda": 0, "seed": 0}  # else 1
+LEAST = {"length": 2, "judged": 2}
+LEAST |= dict.fromkeys(("sparsity", "lr", "lr_lambda", "seed", "micro_batch"), 0)  # others: 1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -542,6 +542,7 @@ sys.exit(igp.main())
 """
 
 
+@pytest.mark.embedded                                             # not for its files: it is long
 def test_two_processes_without_unix_make_the_files_of_one(
         command, home, finished, tmp_path, capfd):
     """Every file of the project is imported where fcntl and resource are not."""
