@@ -395,27 +395,36 @@ def beside(out):
 
 
 def summary(out):
-    """What a reader with two minutes takes away."""
-    dense = row(out, "16", "dense")
-    lines = [f"Without a block skipped perplexity is {dense['ppl']:.2f}. igp has "
-             + ", ".join(f"{row(out, run, 'igp')['ppl']:.2f} at {run}" for run in ("8", "16", "22"))
-             + " of 60 blocks."]
-    for run, what in (("16", "At equal blocks (16)"), ("16-flops", "At equal FLOPs (16)")):
-        rivals = [row(out, "16", name) for name in NAMES[2:]]
-        best = min(rivals, key=lambda found: found["ppl"])
-        loss, n = loss_of(best)
-        for name in NAMES[:2]:
-            found = row(out, run, name)
-            above = signed(gap(loss_of(found)[0], loss, n))
-            lines.append(f"{what} {name} has {found['ppl']:.2f}, the best rival, {best['name']}, "
-                         f"{best['ppl']:.2f}: {above} nats a token.")
+    """What a reader with two minutes takes away: a table at 16 blocks, then some lines."""
+    rivals = NAMES[2:]
+    low = min(rivals, key=lambda name: row(out, "16", name)["ppl"])
+    high = max(rivals, key=lambda name: average(hits(out, "16", name)))
+    asked = [(run, name) for run in ("16", "16-flops") for name in NAMES[:2]]
+    table = []
+    for run, name in (("16", "dense"), *asked, ("16", low), ("16", high)):
+        found, scores = row(out, run, name), hits(out, run, name)
+        line = {
+            "method": f"{name} by FLOPs" if run == "16-flops" else name,
+            "FLOPs": f"{found['flops_ratio']:.1%}",
+            "perplexity": f"{found['ppl']:.2f}",
+            "tasks": f"{average(scores):.2f}",
+        }
+        loss, n = loss_of(found)
+        if name != low:
+            other, _ = loss_of(row(out, "16", low))
+            line[f"nats above {low}"] = signed(gap(loss, other, n))
+        if name != high:
+            line[f"points above {high}"] = signed(points(scores, hits(out, "16", high)), 1)
+        table.append(line)
+    costs = [f"{row(out, run, 'igp')['ppl']:.2f} at {run}" for run in ("8", "16", "22")]
+    lines = [f"Perplexity of igp on FineWeb-Edu: {', '.join(costs)} of 60 blocks."]
     for run, what in (("demo", "On code and Wikipedia"), ("16", "On FineWeb-Edu alone")):
         found = routed(out, run)
         best, above = found["best single mask"], found["router above best single mask"]
         lines.append(f"{what} routing has {found['router']}, the best of its masks for all texts "
                      f"{best}: {above} nats a token; static, one mask trained on all, "
                      f"{found['static']}: {found['router above static']}.")
-    return "\n".join(f"* {line}" for line in lines)
+    return columns(table) + "\n\n" + "\n".join(f"* {line}" for line in lines)
 
 
 def block(lines):
