@@ -21,6 +21,7 @@ matplotlib.rcParams |= {
     "text.color": "#808080", "axes.labelcolor": "#808080", "axes.edgecolor": "#808080",
     "xtick.color": "#808080", "ytick.color": "#808080", "legend.frameon": False,
 }
+TICKS = (30, 40, 60, 80, 100, 150)  # of perplexity
 NAMES = ("static", "igp", "sleb", "shortened-ppl", "shortened-taylor", "shortened-magnitude",
          "evopress")
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c6d31",
@@ -103,12 +104,12 @@ def methods(out):
                 "FFN": f"{z[:, 1::2].sum(1).mean():.3g}",
                 "FLOPs": f"{found['flops_ratio']:.1%}",
                 "+ router": f"{found['flops_ratio_with_router']:.1%}",
+                "forward tokens": found["forward_tokens"],
             }
             for rival in ("sleb", "static"):
                 other = row(out, run.removesuffix("-flops") if rival == "sleb" else run, rival)
                 if name != rival:
                     line[f"above {rival}"] = signed(gap(loss, loss_of(other)[0], n))
-            line["forward tokens"] = found["forward_tokens"]
             table.append(line)
     return columns(table)
 
@@ -304,7 +305,10 @@ def figure_costs(out, all_seeds, path):
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set(yscale="log", xlabel="FLOPs, % of the dense model", ylabel="perplexity (log)")
-    whole = row(out, "16", "dense")
+    axes.minorticks_off()
+    axes.set_yticks(TICKS, map(str, TICKS))
+    whole, worst = row(out, "16", "dense"), row(out, "22", "static")
+    axes.set_ylim(0.9 * whole["ppl"], 1.5 * worst["ppl"])
     axes.plot(100, whole["ppl"], "*", color="#808080", markersize=14, label="dense")
     for name in NAMES:
         found = [row(out, run, name) for run in ("8", "16", "22")]
@@ -319,7 +323,7 @@ def figure_costs(out, all_seeds, path):
             x = [100 * one["flops_ratio_with_router"] for one in found]
             axes.plot(x, y, "o:", color=COLOURS[name], markerfacecolor="none",
                       label="igp, with the router's FLOPs")
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
@@ -418,7 +422,12 @@ def summary(out):
         table.append(line)
     costs = [f"{row(out, run, 'igp')['ppl']:.2f} at {run}" for run in ("8", "16", "22")]
     lines = [f"Perplexity of igp on FineWeb-Edu: {', '.join(costs)} of 60 blocks."]
-    for run, what in (("demo", "On code and Wikipedia"), ("16", "On FineWeb-Edu alone")):
+    wheres = {
+        "demo": "On code and Wikipedia",
+        "16": "On FineWeb-Edu alone",
+        "mixture": "On four kinds of text",
+    }
+    for run, what in wheres.items():
         found = routed(out, run)
         best, above = found["best single mask"], found["router above best single mask"]
         lines.append(f"{what} routing has {found['router']}, the best of its masks for all texts "
