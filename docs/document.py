@@ -86,11 +86,22 @@ def perplexity(found):
 # ------------------------------------------------------------------ methods
 
 
+def rivals_line(out):
+    """FLOPs (rising) and log perplexity of dense and of the best rival at 8, 16 and 22 blocks."""
+    best = [row(out, "16", "dense")]
+    for run in ("8", "16", "22"):
+        rivals = [row(out, run, name) for name in NAMES[2:]]
+        best.append(min(rivals, key=lambda found: found["ppl"]))
+    points = sorted((found["flops_ratio"], math.log(found["ppl"])) for found in best)
+    return zip(*points, strict=True)
+
+
 def methods(out):
     """A line a method and number of blocks."""
-    table = []
     whole = row(out, "16", "dense")
-    table.append({"blocks": 0, "method": "dense", "perplexity": f"{whole['ppl']:.2f}"})
+    flops, logs = rivals_line(out)
+    first = {"blocks": 0, "method": "dense", "perplexity": f"{whole['ppl']:.2f}", "FLOPs": "100%"}
+    table = [first]
     for run in ("8", "16", "22", "16-flops"):
         for name in NAMES[:2] if run == "16-flops" else NAMES:
             found = row(out, run, name)
@@ -103,13 +114,17 @@ def methods(out):
                 "attention": f"{z[:, 0::2].sum(1).mean():.3g}",
                 "FFN": f"{z[:, 1::2].sum(1).mean():.3g}",
                 "FLOPs": f"{found['flops_ratio']:.1%}",
-                "+ router": f"{found['flops_ratio_with_router']:.1%}",
                 "forward tokens": found["forward_tokens"],
             }
             for rival in ("sleb", "static"):
                 other = row(out, run.removesuffix("-flops") if rival == "sleb" else run, rival)
                 if name != rival:
                     line[f"above {rival}"] = signed(gap(loss, loss_of(other)[0], n))
+            if name in NAMES[:2]:
+                on_line = np.interp(found["flops_ratio"], flops, logs)
+                line["above the rivals' line"] = f"{math.log(found['ppl']) - on_line:+.3f}"
+            if name == "igp":
+                line["FLOPs + router"] = f"{found['flops_ratio_with_router']:.1%}"
             table.append(line)
     return columns(table)
 
@@ -120,42 +135,41 @@ def columns(table):
     return evaluate.markdown([dict.fromkeys(head, "-") | line for line in table])
 
 
+def chance(out):
+    """task -> what guessing scores: of each question 1 / its choices."""
+    asked = {task: once(out / "16" / f"dense-{task}.jsonl") for task in evaluate.FIELDS}
+    return {task: np.array([1 / len(line["loglikelihood"]) for line in lines])
+            for task, lines in asked.items()}
+
+
 def tasks(out):
     """A line a method that was asked, with what sets it apart from SLEB and static."""
-    dense = hits(out, "16", "dense")
-    table = []
+    dense, guessed = hits(out, "16", "dense"), chance(out)
+    asked = [("16", "chance", guessed), ("16", "dense", dense)]
     for run in ("16", "16-flops", "8", "22"):
-        for name in ("dense", *NAMES):
-            own = hits(out, run, name)
-            if own:
-                line = {"blocks": run.replace("-flops", " by FLOPs"), "method": name}
-                if name == "dense":
-                    line["blocks"] = 0
-                line |= {task: f"{100 * x.mean():.1f}" for task, x in own.items()}
-                line["average"] = f"{average(own):.2f}"
-                line["% of dense"] = f"{100 * average(own) / average(dense):.1f}"
-                for rival in ("dense", "sleb", "static"):
-                    place = run.removesuffix("-flops") if rival == "sleb" else run
-                    other = dense if rival == "dense" else hits(out, place, rival)
-                    if other and name not in ("dense", rival):
-                        line[f"above {rival}"] = signed(points(own, other), 1)
-                table.append(line)
+        asked += [(run, name, hits(out, run, name)) for name in NAMES]
+    table = []
+    for run, name, own in asked:
+        if own:
+            whole = name in ("chance", "dense")
+            line = {"blocks": "-" if whole else run.replace("-flops", " by FLOPs"), "method": name}
+            line |= {task: f"{100 * x.mean():.1f}" for task, x in own.items()}
+            line["average"] = f"{average(own):.2f}"
+            line["% of dense"] = f"{100 * average(own) / average(dense):.1f}"
+            above = (average(own) - average(guessed)) / (average(dense) - average(guessed))
+            line["% of dense above chance"] = f"{100 * above:.0f}"
+            for rival in ("sleb", "static"):
+                place = run.removesuffix("-flops") if rival == "sleb" else run
+                other = hits(out, place, rival)
+                if other and not whole and name != rival:
+                    line[f"above {rival}"] = signed(points(own, other), 1)
+            table.append(line)
     return columns(table)
 
 
 def repeats(run, all_seeds):
     """The folders of a run with every seed."""
     return [run, *(f"{run}-seed-{seed}" for seed in all_seeds[1:])]
-
-
-def seeds(out, all_seeds):
-    """Perplexity of static and igp at 16 blocks, a seed a column."""
-    table = []
-    for name in NAMES[:2]:
-        ppl = [row(out, run, name)["ppl"] for run in repeats("16", all_seeds)]
-        line = {f"seed {i}": f"{x:.2f}" for i, x in enumerate(ppl)}
-        table.append({"method": name} | line | {"spread": f"{max(ppl) / min(ppl) - 1:.1%}"})
-    return evaluate.markdown(table)
 
 
 # ------------------------------------------------------------------ kinds of text
@@ -221,36 +235,42 @@ def pairs(out, counts, names, all_seeds):
 
 
 def worth(out, samples, names, all_seeds):
-    """Which pairs of kinds deserve two masks: both own ones lead by over two standard errors."""
+    """Which pairs of kinds deserve two masks: on both, every own mask beats every other's."""
+
+    def losses(own, kind):
+        return [sum(mask_of(out, own, samples, seed)[1][kind]["loss"]) for seed in all_seeds]
+
     found = {True: [], False: []}
     for kind, other in itertools.combinations(names, 2):
         apart = distance(out, samples, kind, other, all_seeds)
-        leads = [lead(out, samples, *pair, all_seeds) for pair in ((kind, other), (other, kind))]
-        sure = all(mean + 2 * error < 0 for mean, error in leads)
+        sure = all(max(losses(own, own)) < min(losses(rival, own))
+                   for own, rival in ((kind, other), (other, kind)))
         found[sure].append((apart, f"{kind} and {other} ({apart:.1f} blocks apart)"))
     told = {sure: ", ".join(text for _, text in sorted(found[sure])) or "none" for sure in found}
     return f"{told[True]}; all others: {told[False]}"
 
 
 def routings(rows):
-    """One line: perplexity under routings of a run's masks, and how far the router's is above two.
+    """One line: perplexity under routings of a run's masks, and how far the router's is above some.
 
-    Best is the single mask whose perplexity is the lowest on these very texts, so that routing has
-    no easier rival.
+    The best single mask is that of the lowest perplexity on these very texts, so that routing has
+    no easier rival. The random mask is the router's choice with the texts shuffled, on average:
+    as often the same masks, but not for the right texts.
     """
     loss = {found["name"]: loss_of(found)[0] for found in rows}
     n = np.array(rows[0]["tokens"])
-    masks = [x for name, x in loss.items() if name.startswith("igp-mask-")]
+    masks = np.array([x for name, x in loss.items() if name.startswith("igp-mask-")])
+    [k] = [found["cluster"] for found in rows if found["name"] == "igp"]
+    often = np.bincount(k, minlength=len(masks)) / len(k)         # (N,)
     ways = {
         "router": loss["igp"],
         "best single mask": min(masks, key=np.sum),
-        "random mask": np.mean(masks, 0),
-        "oracle": np.min(masks, 0),
+        "random mask": often @ masks,
+        "oracle": masks.min(0),
     }
-    if "static" in loss:
-        ways["static"] = loss["static"]
+    ways |= {name: loss[name] for name in ("static", "dense") if name in loss}
     line = {name: f"{evaluate.perplexity(-x, n):.2f}" for name, x in ways.items()}
-    for name in ("best single mask", "static"):
+    for name in ("random mask", "best single mask", "static"):
         if name in ways:
             line[f"router above {name}"] = signed(gap(loss["igp"], ways[name], n))
     return line
@@ -259,7 +279,7 @@ def routings(rows):
 def routed(out, run):
     """`routings` of a run's files."""
     names = [path.stem for path in sorted((out / run).glob("igp*.json"))]
-    names += ["static"] * (out / run / "static.json").exists()
+    names += [name for name in ("dense", "static") if (out / run / f"{name}.json").exists()]
     return routings([row(out, run, name) for name in names])
 
 
@@ -368,7 +388,7 @@ their FLOPs |
 |---|---|---|---|---|---|---|---|---|
 | Llama-3-8B | 12.5 % | 98.29 | 96.7 % | 91.93 | 90.42 | 85.64 | 91.93 | 88.3 % |
 | Llama-3-8B | 25 % | 87.18 | 89.8 % | 76.32 | 75.04 | 75.01 | 76.32 | 76.6 % |
-| Llama-3-8B | 37.5 % | 69.51 | 75.8 % | 65.61 | 65.61 | 64.02 | 65.26 | 64.8 % |
+| Llama-3-8B | 37.5 % | 69.51 | 75.8 % | 65.61 | 65.61 | 64.02 | 65.26 | 64.9 % |
 | Qwen3-8B | 13.9 % | 96.01 | - | 90.37 | 90.09 | 87.49 | 90.37 | - |
 | Qwen3-8B | 25 % | 86.35 | - | 81.29 | 80.62 | 78.56 | 81.29 | - |
 | Qwen3-8B | 36.1 % | 71.96 | - | 68.82 | 68.82 | 62.48 | 68.18 | - |"""
@@ -398,42 +418,57 @@ def beside(out):
 # ------------------------------------------------------------------ the page
 
 
-def summary(out):
-    """What a reader with two minutes takes away: a table at 16 blocks, then some lines."""
-    rivals = NAMES[2:]
-    low = min(rivals, key=lambda name: row(out, "16", name)["ppl"])
-    high = max(rivals, key=lambda name: average(hits(out, "16", name)))
-    asked = [(run, name) for run in ("16", "16-flops") for name in NAMES[:2]]
+def glance(out):
+    """What a reader with two minutes takes away: dense, ours and the best rivals at 16 blocks."""
+    low = min(NAMES[2:], key=lambda name: row(out, "16", name)["ppl"])
+    high = max(NAMES[2:], key=lambda name: average(hits(out, "16", name)))
+    ours = [(run, name) for run in ("16", "16-flops") for name in NAMES[:2]]
     table = []
-    for run, name in (("16", "dense"), *asked, ("16", low), ("16", high)):
+    for run, name in dict.fromkeys((("16", "dense"), *ours, ("16", low), ("16", high))):
         found, scores = row(out, run, name), hits(out, run, name)
         line = {
             "method": f"{name} by FLOPs" if run == "16-flops" else name,
             "FLOPs": f"{found['flops_ratio']:.1%}",
+            "with the router": f"{found['flops_ratio_with_router']:.1%}",
             "perplexity": f"{found['ppl']:.2f}",
-            "tasks": f"{average(scores):.2f}",
+            "tasks, %": f"{average(scores):.2f}",
         }
         loss, n = loss_of(found)
         if name != low:
             other, _ = loss_of(row(out, "16", low))
             line[f"nats above {low}"] = signed(gap(loss, other, n))
         if name != high:
-            line[f"points above {high}"] = signed(points(scores, hits(out, "16", high)), 1)
+            above = points(scores, hits(out, "16", high))
+            line[f"points above {high}"] = signed(above, 1)
         table.append(line)
-    costs = [f"{row(out, run, 'igp')['ppl']:.2f} at {run}" for run in ("8", "16", "22")]
-    lines = [f"Perplexity of igp on FineWeb-Edu: {', '.join(costs)} of 60 blocks."]
+    return columns(table)
+
+
+def summary(out, all_seeds):
+    """The same for other budgets and seeds, and for routing."""
+    lines = []
+    for run in ("8", "16", "22"):
+        again = repeats(run, all_seeds) if run == "16" else [run]
+        told = []
+        for name in NAMES[:2]:
+            ppl = [f"{row(out, x, name)['ppl']:.2f}" for x in again]
+            told.append(f"{name} {', '.join(ppl)}")
+        best = min((row(out, run, name) for name in NAMES[2:]), key=lambda found: found["ppl"])
+        told.append(f"the best rival, {best['name']}, {best['ppl']:.2f}")
+        lines.append(f"Perplexity with {run} of 60 blocks skipped: {'; '.join(told)}.")
     wheres = {
-        "demo": "On code and Wikipedia",
-        "16": "On FineWeb-Edu alone",
-        "mixture": "On four kinds of text",
+        "Code and Wikipedia, 15 of 60": repeats("demo", all_seeds),
+        "FineWeb-Edu alone, 16 of 60": repeats("16", all_seeds),
+        "Four kinds in one, 16 of 60": ["mixture"],
     }
-    for run, what in wheres.items():
-        found = routed(out, run)
-        best, above = found["best single mask"], found["router above best single mask"]
-        lines.append(f"{what} routing has {found['router']}, the best of its masks for all texts "
-                     f"{best}: {above} nats a token; static, one mask trained on all, "
-                     f"{found['static']}: {found['router above static']}.")
-    return columns(table) + "\n\n" + "\n".join(f"* {line}" for line in lines)
+    for where, runs in wheres.items():
+        found = [routed(out, run) for run in runs]
+        told = []
+        for other in ("random mask", "best single mask", "static"):
+            gaps = ", ".join(line[f"router above {other}"] for line in found)
+            told.append(f"above {other} {gaps}")
+        lines.append(f"{where}, in nats the router is {'; '.join(told)}.")
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def block(lines):
@@ -449,10 +484,11 @@ def write(out, plan, docs):
                     docs / "training.svg")
     few, many = plan.SAMPLES
     [stamp] = once(out / "stamp.json")
-    demo, bench, scoring = (once(out / f"{name}.json") for name in ("timed", "bench", "scoring"))
+    demo, bench, scoring, mixture = (
+        once(out / f"{name}.json") for name in ("timed", "bench", "scoring", "mixture"))
     runs = []
-    for run in ("demo-8", "demo", "demo-22", "16"):
-        runs += repeats(run, plan.SEEDS)
+    for run in ("demo-8", "demo", "demo-22", "8", "16", "22"):
+        runs += repeats(run, plan.SEEDS) if run in plan.AGAIN else [run]
     ways = {
         "t moves (igp.train_mask)": f"FineWeb-Edu-{few}",
         "t = 1 - mean(z) throughout": "sampled",
@@ -462,7 +498,8 @@ def write(out, plan, docs):
     words = Path(__file__).with_name("results.in.md").read_text(encoding="utf-8")
     page = words.format(
         **stamp, few=few, many=many, few_tokens=48 * few, many_tokens=48 * many, each=plan.EACH,
-        summary=summary(out), methods=methods(out), tasks=tasks(out), seeds=seeds(out, plan.SEEDS),
+        glance=glance(out), summary=summary(out, plan.SEEDS),
+        methods=methods(out), tasks=tasks(out),
         few_kinds=kinds(out, few, plan.KINDS, plan.SEEDS),
         many_kinds=kinds(out, many, plan.KINDS, plan.SEEDS),
         few_worth=worth(out, few, plan.KINDS, plan.SEEDS),
@@ -470,7 +507,8 @@ def write(out, plan, docs):
         pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
         routing=columns([{"run": run} | routed(out, run) for run in [*runs, "mixture"]]),
         swaps=swaps(out, few, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
-        paper=PAPER, beside=beside(out), demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
+        paper=PAPER, beside=beside(out), mixture=block(mixture[mixture.index("") + 1:]),
+        demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
         bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),
     )
     (docs / "results.md").write_text(page, encoding="utf-8")

@@ -52,10 +52,8 @@ RUNS = {
     "demo": "--method dense,static,igp",
     "demo-8": "--sparsity 0.1333 --method dense,static,igp --tasks=",
     "demo-22": "--sparsity 0.367 --method dense,static,igp --tasks=",
-    "8": "--calibration {texts} --sparsity 0.1333 --no-matrix --tasks= "
-         f"--method static,igp,{RIVALS}",
-    "22": "--calibration {texts} --sparsity 0.367 --no-matrix --tasks= "
-          f"--method static,igp,{RIVALS}",
+    "8": f"--calibration {{texts}} --sparsity 0.1333 --tasks= --method static,igp,{RIVALS}",
+    "22": f"--calibration {{texts}} --sparsity 0.367 --tasks= --method static,igp,{RIVALS}",
     "mixture": "--calibration {mixture} --sparsity 0.267 --clusters 4 --tasks= "
                "--method dense,static,igp",
 }

@@ -56,14 +56,15 @@ def test_a_swap_from_either_side_finds_the_best_mask(model):
 
 def test_routings_by_hand():
     rows = json.loads("""[
-{"name": "igp", "loglikelihood": [-2, -9], "tokens": [2, 3]},
-{"name": "igp-mask-0", "loglikelihood": [-2, -12], "tokens": [2, 3]},
-{"name": "igp-mask-1", "loglikelihood": [-4, -9], "tokens": [2, 3]}]""")
+{"name": "igp", "loglikelihood": [-2, -9, -1], "tokens": [2, 3, 1], "cluster": [0, 1, 0]},
+{"name": "igp-mask-0", "loglikelihood": [-2, -12, -1], "tokens": [2, 3, 1]},
+{"name": "igp-mask-1", "loglikelihood": [-4, -9, -5], "tokens": [2, 3, 1]}]""")
     line = document.routings(rows)
-    losses = {"router": 11, "best single mask": 13, "random mask": 13.5, "oracle": 11}
+    losses = {"router": 12, "best single mask": 15, "random mask": 16, "oracle": 12}
     for name, x in losses.items():
-        assert line[name] == f"{np.exp(x / 5):.2f}"
-    assert line["router above best single mask"] == "-0.400 ± 0.400"  # of -2 / 2.5 and 0
+        assert line[name] == f"{np.exp(x / 6):.2f}"
+    assert line["router above best single mask"] == "-0.500 ± 0.500"  # of 0, -3 / 2 and 0
+    assert line["router above random mask"] == "-0.667 ± 0.192"
 
 
 def test_differences_are_paired():
@@ -80,15 +81,15 @@ def test_differences_are_paired():
 
 
 def test_which_pairs_are_worth_two_masks(tmp_path):
-    sure, unsure = np.array([0.9, 1, 1.1, 1]), np.array([-1, 1, -1, 1.5])
-    above = {"ab": sure, "ba": sure, "ac": sure, "ca": unsure, "bc": unsure, "cb": unsure}
+    """A kind's own masks are 0 and 0.5 nats a text above 9: a mean of 0.25, but not the worst."""
+    above = {"ab": 1, "ba": 1, "ac": 1, "ca": 0.3, "bc": 0.3, "cb": 0.3}  # on a, b's masks: ...
     zs = {"a": [1, 1, 0, 0], "b": [0, 0, 1, 1], "c": [1, 0, 0, 1]}
     for own in "abc":
-        losses = {kind: {"loss": (9 + above.get(kind + own, 0 * sure)).tolist(), "tokens": [3] * 4}
-                  for kind in "abc"}
-        once(tmp_path / f"{own}-8-0.json", lambda own=own, losses=losses: [
-            {"z": zs[own], "losses": losses}, {"losses": losses}, []])
-    told = document.worth(tmp_path, 8, "abc", [0])
+        for seed in (0, 1):
+            losses = {kind: {"loss": [9 + above.get(kind + own, seed / 2)] * 4} for kind in "abc"}
+            once(tmp_path / f"{own}-8-{seed}.json", lambda own=own, losses=losses: [
+                {"z": zs[own], "losses": losses}, {"losses": losses}, []])
+    told = document.worth(tmp_path, 8, "abc", [0, 1])
     assert told == ("a and b (4.0 blocks apart); "
                     "all others: a and c (2.0 blocks apart), b and c (2.0 blocks apart)")
 
