@@ -81,12 +81,13 @@ def test_differences_are_paired():
 
 
 def test_which_pairs_are_worth_two_masks(tmp_path):
-    """A kind's own masks are 0 and 0.5 nats a text above 9: a mean of 0.25, but not the worst."""
-    above = {"ab": 1, "ba": 1, "ac": 1, "ca": 0.3, "bc": 0.3, "cb": 0.3}  # on a, b's masks: ...
+    """Of two seeds, own masks are 0 and 0.5 nats a text above 9, others' as `above` and twice so."""
+    above = {"ab": 1, "ba": 1, "ac": 1, "ca": 0.3, "bc": 0.3, "cb": 0.3}  # "ab": b's mask on a
     zs = {"a": [1, 1, 0, 0], "b": [0, 0, 1, 1], "c": [1, 0, 0, 1]}
     for own in "abc":
         for seed in (0, 1):
-            losses = {kind: {"loss": [9 + above.get(kind + own, seed / 2)] * 4} for kind in "abc"}
+            more = {pair: x * (1 + seed) for pair, x in above.items()} | {own + own: seed / 2}
+            losses = {kind: {"loss": [9 + more.get(kind + own, 0)] * 4} for kind in "abc"}
             once(tmp_path / f"{own}-8-{seed}.json", lambda own=own, losses=losses: [
                 {"z": zs[own], "losses": losses}, {"losses": losses}, []])
     told = document.worth(tmp_path, 8, "abc", [0, 1])
