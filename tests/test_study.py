@@ -81,7 +81,7 @@ def test_differences_are_paired():
 
 
 def test_which_pairs_are_worth_two_masks(tmp_path):
-    """Of two seeds, own masks are 0 and 0.5 nats a text above 9, others' as `above` and twice so."""
+    """Of two seeds, own masks are 0 and 0.5 nats a text above 9, others' `above` and twice that."""
     above = {"ab": 1, "ba": 1, "ac": 1, "ca": 0.3, "bc": 0.3, "cb": 0.3}  # "ab": b's mask on a
     zs = {"a": [1, 1, 0, 0], "b": [0, 0, 1, 1], "c": [1, 0, 0, 1]}
     for own in "abc":
