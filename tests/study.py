@@ -60,8 +60,6 @@ RUNS = {
 AGAIN = {                 # likewise, with other seeds
     "16": "--calibration {texts} --sparsity 0.267 --tasks= --method static,igp",
     "demo": RUNS["demo"],
-    "demo-8": "--sparsity 0.1333 --method igp --tasks=",
-    "demo-22": "--sparsity 0.367 --method igp --tasks=",
 }
 KINDS = ("code", "Wikipedia", "FineWeb-Edu", "Alpaca")
 EACH = 80              # held-out texts of a kind that judge
