@@ -283,11 +283,11 @@ def routed(out, run):
     return routings([row(out, run, name) for name in names])
 
 
-def swaps(out, samples, names, all_seeds):
+def swaps(out, counts, names, all_seeds):
     """What one swap after the training does to a kind's own perplexity."""
     table = []
-    for kind in names:
-        line = {"kind": kind}
+    for samples, kind in itertools.product(counts, names):
+        line = {"texts": samples, "kind": kind}
         for seed in all_seeds:
             _, losses, swapped = mask_of(out, kind, samples, seed)
             ppl = perplexity(losses[kind]), perplexity(swapped)
@@ -506,7 +506,7 @@ def write(out, plan, docs):
         many_worth=worth(out, many, plan.KINDS, plan.SEEDS),
         pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
         routing=columns([{"run": run} | routed(out, run) for run in [*runs, "mixture"]]),
-        swaps=swaps(out, few, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
+        swaps=swaps(out, plan.SAMPLES, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
         paper=PAPER, beside=beside(out), mixture=block(mixture[mixture.index("") + 1:]),
         demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
         bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),
