@@ -195,16 +195,20 @@ def kinds(out, samples, names, all_seeds):
     return evaluate.markdown(table)
 
 
-def lead(out, samples, kind, other, all_seeds):
-    """How far a kind's own masks are below another kind's on its texts: mean gap of the seeds."""
+def under(out, samples, seed, choice):
+    """(loss, n) of texts; choice: [(kind of text, kind whose mask these run under), ...]."""
+    found = [mask_of(out, own, samples, seed)[1][kind] for kind, own in choice]
+    return [np.concatenate([x[key] for x in found]) for key in ("loss", "tokens")]
+
+
+def lead(out, samples, own, rivals, all_seeds):
+    """How far a choice of `under` is above the best of others, on average over seeds: as `gap`."""
     gaps = []
     for seed in all_seeds:
-        own = mask_of(out, kind, samples, seed)[1][kind]
-        theirs = mask_of(out, other, samples, seed)[1][kind]
-        n = np.array(own["tokens"])
-        gaps.append((np.array(own["loss"]) - theirs["loss"]) / n.mean())
-    gaps = np.mean(gaps, 0)                                       # (texts,)
-    return gaps.mean(), gaps.std(ddof=1) / math.sqrt(len(gaps))
+        loss, n = under(out, samples, seed, own)
+        others = [under(out, samples, seed, choice)[0] for choice in rivals]
+        gaps.append(loss - min(others, key=np.sum))
+    return gap(np.mean(gaps, 0), 0, n)
 
 
 def distance(out, samples, kind, other, all_seeds):
@@ -218,18 +222,21 @@ def distance(out, samples, kind, other, all_seeds):
     return np.mean(found)
 
 
-def pairs(out, counts, names, all_seeds):
-    """A line a pair of kinds: how far apart their masks are, and what the own one is worth."""
+def pairs(out, samples, names, all_seeds):
+    """A line a pair of kinds: how far apart their masks are, and what the own ones are worth."""
     table = []
     for kind, other in itertools.combinations_with_replacement(names, 2):
-        line = {"kinds": kind if kind == other else f"{kind}, {other}"}
-        for samples in counts:
-            apart = distance(out, samples, kind, other, all_seeds)
-            line[f"blocks apart, {samples} texts"] = f"{apart:.1f}"
-            for which, own, rival in (("first", kind, other), ("second", other, kind)):
-                if own != rival:
-                    above = signed(lead(out, samples, own, rival, all_seeds))
-                    line[f"own mask on {which}, {samples} texts"] = above
+        apart = distance(out, samples, kind, other, all_seeds)
+        line = {"kinds": f"{kind}, {other}", "blocks apart": f"{apart:.1f}"}
+        if kind != other:
+            own = [(kind, kind), (other, other)]
+            guests = [[(kind, other)], [(other, kind)]]
+            alone = [[(kind, one), (other, one)] for one in (kind, other)]
+            for name, choice, rivals in (
+                    ("first's own mask above second's", own[:1], guests[:1]),
+                    ("second's above first's", own[1:], guests[1:]),
+                    ("each its own above the better mask for all", own, alone)):
+                line[name] = signed(lead(out, samples, choice, rivals, all_seeds))
         table.append(line)
     return columns(table)
 
@@ -504,9 +511,11 @@ def write(out, plan, docs):
         many_kinds=kinds(out, many, plan.KINDS, plan.SEEDS),
         few_worth=worth(out, few, plan.KINDS, plan.SEEDS),
         many_worth=worth(out, many, plan.KINDS, plan.SEEDS),
-        pairs=pairs(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
+        few_pairs=pairs(out, few, plan.KINDS, plan.SEEDS),
+        many_pairs=pairs(out, many, plan.KINDS, plan.SEEDS),
         routing=columns([{"run": run} | routed(out, run) for run in [*runs, "mixture"]]),
-        swaps=swaps(out, plan.SAMPLES, plan.KINDS, plan.SEEDS), recipes=recipes(out, ways, plan.SEEDS),
+        swaps=swaps(out, plan.SAMPLES, plan.KINDS, plan.SEEDS),
+        recipes=recipes(out, ways, plan.SEEDS),
         paper=PAPER, beside=beside(out), mixture=block(mixture[mixture.index("") + 1:]),
         demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
         bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),

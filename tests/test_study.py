@@ -87,9 +87,12 @@ def test_which_pairs_are_worth_two_masks(tmp_path):
     for own in "abc":
         for seed in (0, 1):
             more = {pair: x * (1 + seed) for pair, x in above.items()} | {own + own: seed / 2}
-            losses = {kind: {"loss": [9 + more.get(kind + own, 0)] * 4} for kind in "abc"}
+            losses = {kind: {"loss": [9 + more.get(kind + own, 0)] * 4, "tokens": [2] * 4}
+                      for kind in "abc"}
             once(tmp_path / f"{own}-8-{seed}.json", lambda own=own, losses=losses: [
                 {"z": zs[own], "losses": losses}, {"losses": losses}, []])
+    told = document.pairs(tmp_path, 8, "ac", [0, 1])              # nats of 2 tokens a text
+    assert "| a, c | 2.0 | -0.625 ± 0.000 | -0.100 ± 0.000 | -0.050 ± 0.019 |" in told
     told = document.worth(tmp_path, 8, "abc", [0, 1])
     assert told == ("a and b (4.0 blocks apart); "
                     "all others: a and c (2.0 blocks apart), b and c (2.0 blocks apart)")
