@@ -294,7 +294,7 @@ def swaps(out, counts, names, all_seeds):
     """What one swap after the training does to a kind's own perplexity."""
     table = []
     for samples, kind in itertools.product(counts, names):
-        line = {"texts": samples, "kind": kind}
+        line = {"samples": samples, "kind": kind}
         for seed in all_seeds:
             _, losses, swapped = mask_of(out, kind, samples, seed)
             ppl = perplexity(losses[kind]), perplexity(swapped)
