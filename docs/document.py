@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import evaluate
+import model as llm
 from run import once
 
 matplotlib.use("svg")
@@ -26,6 +27,10 @@ NAMES = ("static", "igp", "sleb", "shortened-ppl", "shortened-taylor", "shortene
          "evopress")
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c6d31",
                            "#56b4e9"), strict=True))
+
+# of its config.json
+LLAMA3_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False,
+                       (128001,))
 
 # ------------------------------------------------------------------ what the files hold
 
@@ -478,6 +483,17 @@ def summary(out, all_seeds):
     return "\n".join(f"* {line}" for line in lines)
 
 
+def router_of(out, config, larger):
+    """The router's FLOPs on FineWeb-Edu's judging texts, in percent of a larger model's dense ones.
+
+    config: of the model that the files are about.
+    """
+    found = row(out, "16", "igp")
+    share = found["flops_ratio_with_router"] - found["flops_ratio"]
+    own, wanted = (sum(llm.flops(x, n) for n in found["tokens"]) for x in (config, larger))
+    return f"{share * own / wanted:.2%}"
+
+
 def block(lines):
     """Printed text as it is."""
     return "```\n" + "\n".join(lines) + "\n```"
@@ -504,7 +520,8 @@ def write(out, plan, docs):
     }
     words = Path(__file__).with_name("results.in.md").read_text(encoding="utf-8")
     page = words.format(
-        **stamp, few=few, many=many, few_tokens=48 * few, many_tokens=48 * many, each=plan.EACH,
+        **stamp, router_of_8b=router_of(out, plan.opened()[1].config, LLAMA3_8B),
+        few=few, many=many, few_tokens=48 * few, many_tokens=48 * many, each=plan.EACH,
         glance=glance(out), summary=summary(out, plan.SEEDS),
         methods=methods(out), tasks=tasks(out),
         few_kinds=kinds(out, few, plan.KINDS, plan.SEEDS),

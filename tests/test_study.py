@@ -1,6 +1,7 @@
 """study.py: its training is igp's, a swap finds the better mask, its page holds what was made."""
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,15 @@ def test_differences_are_paired():
     first, second = stats.sem(a - b), stats.sem(b[:9] - n[:9])
     assert error == pytest.approx(50 * np.hypot(first, second))
     assert mean == pytest.approx(50 * ((a - b).mean() + (b[:9] - n[:9]).mean()))
+
+
+def test_the_routers_share_of_a_larger_model(tmp_path):
+    row = {"flops_ratio": 0.75, "flops_ratio_with_router": 1.0, "tokens": [3, 4]}
+    once(tmp_path / "16/igp.json", lambda: [row])
+    one = replace(document.LLAMA3_8B, vocab_size=0)
+    for factor, wanted in ((1, "25.00%"), (4, "6.25%")):
+        larger = replace(one, num_hidden_layers=factor * 32)
+        assert document.router_of(tmp_path, one, larger) == wanted
 
 
 def test_which_pairs_are_worth_two_masks(tmp_path):
