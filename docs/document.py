@@ -535,6 +535,6 @@ def write(out, plan, docs):
         recipes=recipes(out, ways, plan.SEEDS),
         paper=PAPER, beside=beside(out), mixture=block(mixture[mixture.index("") + 1:]),
         demo=block(demo[1:]), minutes=f"{demo[0] / 60:.1f}",
-        bench="\n".join(bench[1:]), scoring="\n".join(scoring[1:]),
+        bench="\n".join(bench[1:] + scoring[5:]),                  # one head for both
     )
     (docs / "results.md").write_text(page, encoding="utf-8")

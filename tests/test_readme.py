@@ -125,8 +125,14 @@ def test_the_tag_table_is_the_code():
 
 def test_no_figure_is_in_the_readme_alone():
     found = README.split("## What was found")[1].split("\n## ")[0]
+    found = re.sub(r"^\d\. ", "", found, flags=re.M)              # the list's own numbers
     numbers = re.compile(r"\d+(?:\.\d+)?")
-    assert set(numbers.findall(found)) <= set(numbers.findall(read("docs/results.md")))
+    results = read("docs/results.md")
+    assert set(numbers.findall(found)) <= set(numbers.findall(results))
+    [demo] = re.findall(r"```\n(\| method .*?)\n```", README, re.S)
+    assert demo in results                                        # what the page's run printed
+    [minutes] = re.findall(r" took ([\d.]+ minutes)", README)
+    assert f"`python igp.py`, {minutes}" in results
 
 
 def test_the_errata_name_code_and_tests_that_exist():
