@@ -1,6 +1,6 @@
 """docs/results.md and its figures, from the files of `python tests/study.py results`.
 
-The page's words are in results.in.md; every number is put in here. Only study.py imports this.
+The page's words are in results.in.md; what was measured is put in here. Only study.py imports this.
 Dims: B blocks, N clusters; loss is -log P in nats, n predicted tokens, both (texts,).
 """
 import itertools
@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import evaluate
+import hub
 import model as llm
 from run import once
 
@@ -59,7 +60,7 @@ def loss_of(found):
 
 
 def gap(loss, other, n):
-    """How many nats a token a loss is above another one on the same texts, ± its standard error."""
+    """How many nats a token a loss is above another one on the same texts; its standard error."""
     gaps = (loss - other) / n.mean()
     return gaps.mean(), gaps.std(ddof=1) / math.sqrt(len(gaps))
 
@@ -97,23 +98,24 @@ def rivals_line(out):
     for run in ("8", "16", "22"):
         rivals = [row(out, run, name) for name in NAMES[2:]]
         best.append(min(rivals, key=lambda found: found["ppl"]))
-    points = sorted((found["flops_ratio"], math.log(found["ppl"])) for found in best)
-    return zip(*points, strict=True)
+    line = sorted((found["flops_ratio"], math.log(found["ppl"])) for found in best)
+    return zip(*line, strict=True)
 
 
-def methods(out):
+def methods(out, all_seeds):
     """A line a method and number of blocks."""
     whole = row(out, "16", "dense")
     flops, logs = rivals_line(out)
     first = {"blocks": 0, "method": "dense", "perplexity": f"{whole['ppl']:.2f}", "FLOPs": "100%"}
     table = [first]
-    for run in ("8", "16", "22", "16-flops"):
-        for name in NAMES[:2] if run == "16-flops" else NAMES:
+    for run in ("8", *repeats("16", all_seeds), "22", "16-flops"):
+        blocks = run.split("-")[0]
+        for name in NAMES if run == blocks else NAMES[:2]:
             found = row(out, run, name)
             loss, n = loss_of(found)
             z = 1 - np.array(found["z"])
             line = {
-                "blocks": run.replace("-flops", " by FLOPs"),
+                "blocks": run.replace("-flops", " by FLOPs").replace("-seed-", ", seed "),
                 "method": name,
                 "perplexity": f"{found['ppl']:.2f}",
                 "attention": f"{z[:, 0::2].sum(1).mean():.3g}",
@@ -122,7 +124,7 @@ def methods(out):
                 "forward tokens": found["forward_tokens"],
             }
             for rival in ("sleb", "static"):
-                other = row(out, run.removesuffix("-flops") if rival == "sleb" else run, rival)
+                other = row(out, blocks if rival == "sleb" else run, rival)
                 if name != rival:
                     line[f"above {rival}"] = signed(gap(loss, loss_of(other)[0], n))
             if name in NAMES[:2]:
@@ -274,6 +276,9 @@ def routings(rows):
     masks = np.array([x for name, x in loss.items() if name.startswith("igp-mask-")])
     [k] = [found["cluster"] for found in rows if found["name"] == "igp"]
     often = np.bincount(k, minlength=len(masks)) / len(k)         # (N,)
+    [z] = [np.array(found["z"]) for found in rows if found["name"] == "igp"]
+    apart = [(a != b).sum() for a, b in itertools.combinations(z, 2)]
+    home = [masks[:, np.equal(k, c)].sum(1).argmin() == c for c in range(len(z))]
     ways = {
         "router": loss["igp"],
         "best single mask": min(masks, key=np.sum),
@@ -285,6 +290,8 @@ def routings(rows):
     for name in ("random mask", "best single mask", "static"):
         if name in ways:
             line[f"router above {name}"] = signed(gap(loss["igp"], ways[name], n))
+    line["blocks apart"] = f"{np.mean(apart):.3g}"
+    line["best at home"] = f"{sum(home)} of {len(z)}"
     return line
 
 
@@ -333,7 +340,7 @@ def recipes(out, files, all_seeds):
 
 
 def figure_costs(out, all_seeds, path):
-    """(a) Perplexity against FLOPs."""
+    """Perplexity against FLOPs."""
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set(yscale="log", xlabel="FLOPs, % of the dense model", ylabel="perplexity (log)")
@@ -347,8 +354,10 @@ def figure_costs(out, all_seeds, path):
         x, y = [100 * one["flops_ratio"] for one in found], [one["ppl"] for one in found]
         axes.plot(x, y, "o-", color=COLOURS[name], label=name, markersize=5)
         if name in NAMES[:2]:
-            again = [row(out, run, name)["ppl"] for run in repeats("16", all_seeds)]
-            axes.vlines(x[1], min(again), max(again), COLOURS[name], linewidth=5, alpha=0.4)
+            for run in repeats("16", all_seeds)[1:]:
+                again = row(out, run, name)
+                axes.plot(100 * again["flops_ratio"], again["ppl"], "o", color=COLOURS[name],
+                          markersize=5, alpha=0.5)
             flops = row(out, "16-flops", name)
             axes.plot(100 * flops["flops_ratio"], flops["ppl"], "s", color=COLOURS[name])
         if name == "igp":
@@ -360,10 +369,10 @@ def figure_costs(out, all_seeds, path):
 
 
 def figure_masks(out, path):
-    """(b) The masks of several runs, as in the paper's Fig. 4: FFN above, attention below."""
+    """The masks of several runs, as in the paper's Fig. 4: FFN above, attention below."""
     runs = {"demo": "demo, 15 of 60", "16": "FineWeb-Edu, 16 of 60", "mixture": "four kinds, 16"}
     figure = Figure(figsize=(10, 3.5))
-    axes = figure.subplots(2, len(runs), sharex=True, squeeze=False)
+    axes = figure.subplots(2, len(runs), sharex=True)
     for column, (run, title) in enumerate(runs.items()):
         z = np.array(row(out, run, "igp")["z"])                   # (N, B)
         for j, kind in enumerate(("attention", "FFN")):
@@ -376,7 +385,7 @@ def figure_masks(out, path):
 
 
 def figure_training(out, file, s_target, path):
-    """(c) One mask's training: L_LM, t and lambda_1."""
+    """One mask's training: L_LM, t and lambda_1."""
     *_, trace = once(out / file)
     steps = np.array(trace)                                       # (steps, 4)
     figure = Figure(figsize=(8, 6))
@@ -421,8 +430,9 @@ def beside(out):
             line["its FLOPs"] = f"{row(out, run, 'igp')['flops_ratio']:.1%}"
         if rivals:
             best = max(rivals, key=rivals.get)
-            line["best rival"] = f"{rivals[best]:.2f} ({best}, of {len(rivals)} asked)"
-        line["their FLOPs"] = f"{row(out, run, 'sleb')['flops_ratio']:.1%}"
+            line["best of the rivals asked"] = f"{rivals[best]:.2f} ({best}, of {len(rivals)})"
+            line["igp above it, points"] = signed(points(own, hits(out, run, best)), 1)
+        line["rivals' FLOPs"] = f"{row(out, run, 'sleb')['flops_ratio']:.1%}"
         table.append(line)
     return columns(table)
 
@@ -435,7 +445,8 @@ def glance(out):
     low = min(NAMES[2:], key=lambda name: row(out, "16", name)["ppl"])
     high = max(NAMES[2:], key=lambda name: average(hits(out, "16", name)))
     ours = [(run, name) for run in ("16", "16-flops") for name in NAMES[:2]]
-    table = []
+    empty = dict.fromkeys(("FLOPs", "with the router", "perplexity"), "-")
+    table = [{"method": "guessing"} | empty | {"tasks, %": f"{average(chance(out)):.2f}"}]
     for run, name in dict.fromkeys((("16", "dense"), *ours, ("16", low), ("16", high))):
         found, scores = row(out, run, name), hits(out, run, name)
         line = {
@@ -457,7 +468,7 @@ def glance(out):
 
 
 def summary(out, all_seeds):
-    """The same for other budgets and seeds, and for routing."""
+    """The same for other budgets and seeds."""
     lines = []
     for run in ("8", "16", "22"):
         again = repeats(run, all_seeds) if run == "16" else [run]
@@ -468,19 +479,25 @@ def summary(out, all_seeds):
         best = min((row(out, run, name) for name in NAMES[2:]), key=lambda found: found["ppl"])
         told.append(f"the best rival, {best['name']}, {best['ppl']:.2f}")
         lines.append(f"Perplexity with {run} of 60 blocks skipped: {'; '.join(told)}.")
-    wheres = {
-        "Code and Wikipedia, 15 of 60": repeats("demo", all_seeds),
-        "FineWeb-Edu alone, 16 of 60": repeats("16", all_seeds),
-        "Four kinds in one, 16 of 60": ["mixture"],
-    }
-    for where, runs in wheres.items():
-        found = [routed(out, run) for run in runs]
-        told = []
-        for other in ("random mask", "best single mask", "static"):
-            gaps = ", ".join(line[f"router above {other}"] for line in found)
-            told.append(f"above {other} {gaps}")
-        lines.append(f"{where}, in nats the router is {'; '.join(told)}.")
     return "\n".join(f"* {line}" for line in lines)
+
+
+def gains(out, all_seeds):
+    """And for routing: a line a run of the runs that it is about."""
+    wheres = {
+        "code and Wikipedia, 15 of 60": repeats("demo", all_seeds),
+        "FineWeb-Edu alone, 16 of 60": repeats("16", all_seeds),
+        "four kinds in one, 16 of 60": ["mixture"],
+    }
+    table = []
+    for where, runs in wheres.items():
+        for seed, run in enumerate(runs):
+            found = routed(out, run)
+            line = {"texts": where, "seed": seed}
+            for other in ("random mask", "best single mask", "static"):
+                line[f"router above {other}"] = found[f"router above {other}"]
+            table.append(line)
+    return evaluate.markdown(table)
 
 
 def router_of(out, config, larger):
@@ -507,6 +524,7 @@ def write(out, plan, docs):
                     docs / "training.svg")
     few, many = plan.SAMPLES
     [stamp] = once(out / "stamp.json")
+    own = llm.read_config(hub.model_folder(hub.EMBEDDED))
     demo, bench, scoring, mixture = (
         once(out / f"{name}.json") for name in ("timed", "bench", "scoring", "mixture"))
     runs = []
@@ -520,10 +538,10 @@ def write(out, plan, docs):
     }
     words = Path(__file__).with_name("results.in.md").read_text(encoding="utf-8")
     page = words.format(
-        **stamp, router_of_8b=router_of(out, plan.opened()[1].config, LLAMA3_8B),
+        **stamp, router_of_8b=router_of(out, own, LLAMA3_8B),
         few=few, many=many, few_tokens=48 * few, many_tokens=48 * many, each=plan.EACH,
         glance=glance(out), summary=summary(out, plan.SEEDS),
-        methods=methods(out), tasks=tasks(out),
+        gains=gains(out, plan.SEEDS), methods=methods(out, plan.SEEDS), tasks=tasks(out),
         few_kinds=kinds(out, few, plan.KINDS, plan.SEEDS),
         many_kinds=kinds(out, many, plan.KINDS, plan.SEEDS),
         few_worth=worth(out, few, plan.KINDS, plan.SEEDS),

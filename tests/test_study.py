@@ -57,7 +57,8 @@ def test_a_swap_from_either_side_finds_the_best_mask(model):
 
 def test_routings_by_hand():
     rows = json.loads("""[
-{"name": "igp", "loglikelihood": [-2, -9, -1], "tokens": [2, 3, 1], "cluster": [0, 1, 0]},
+{"name": "igp", "loglikelihood": [-2, -9, -1], "tokens": [2, 3, 1], "cluster": [0, 1, 0],
+ "z": [[1, 0, 1], [0, 1, 1]]},
 {"name": "igp-mask-0", "loglikelihood": [-2, -12, -1], "tokens": [2, 3, 1]},
 {"name": "igp-mask-1", "loglikelihood": [-4, -9, -5], "tokens": [2, 3, 1]}]""")
     line = document.routings(rows)
@@ -65,6 +66,9 @@ def test_routings_by_hand():
     for name, x in losses.items():
         assert line[name] == f"{np.exp(x / 6):.2f}"
     assert line["router above best single mask"] == "-0.500 ± 0.500"  # of 0, -3 / 2 and 0
+    assert (line["blocks apart"], line["best at home"]) == ("2", "2 of 2")
+    rows[0]["cluster"] = [1, 0, 0]
+    assert document.routings(rows)["best at home"] == "1 of 2"   # 13 and 14; 2 and 4
     assert line["router above random mask"] == "-0.667 ± 0.192"
 
 
