@@ -356,8 +356,7 @@ def figure_costs(out, all_seeds, path):
         if name in NAMES[:2]:
             for run in repeats("16", all_seeds)[1:]:
                 again = row(out, run, name)
-                axes.plot(100 * again["flops_ratio"], again["ppl"], "o", color=COLOURS[name],
-                          markersize=5, alpha=0.5)
+                axes.plot(100 * again["flops_ratio"], again["ppl"], "x", color=COLOURS[name])
             flops = row(out, "16-flops", name)
             axes.plot(100 * flops["flops_ratio"], flops["ppl"], "s", color=COLOURS[name])
         if name == "igp":
