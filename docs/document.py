@@ -24,8 +24,9 @@ matplotlib.rcParams |= {
     "xtick.color": "#808080", "ytick.color": "#808080", "legend.frameon": False,
 }
 TICKS = (30, 40, 60, 80, 100, 150)  # of perplexity
-NAMES = ("static", "igp", "sleb", "shortened-ppl", "shortened-taylor", "shortened-magnitude",
-         "evopress")
+OURS = ("static", "igp")
+RIVALS = ("sleb", "shortened-ppl", "shortened-taylor", "shortened-magnitude", "evopress")
+NAMES = OURS + RIVALS
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c6d31",
                            "#56b4e9"), strict=True))
 
@@ -40,6 +41,11 @@ def row(out, run, name):
     """What igp.py knows of a method of a run: masks, FLOPs, perplexity, log P of each text."""
     [found] = once(out / run / f"{name}.json")
     return found
+
+
+def best_rival(out, run):
+    """The `row` of the rival with the lowest perplexity."""
+    return min((row(out, run, name) for name in RIVALS), key=lambda found: found["ppl"])
 
 
 def hits(out, run, name):
@@ -94,10 +100,7 @@ def perplexity(found):
 
 def rivals_line(out):
     """FLOPs (rising) and log perplexity of dense and of the best rival at 8, 16 and 22 blocks."""
-    best = [row(out, "16", "dense")]
-    for run in ("8", "16", "22"):
-        rivals = [row(out, run, name) for name in NAMES[2:]]
-        best.append(min(rivals, key=lambda found: found["ppl"]))
+    best = [row(out, "16", "dense")] + [best_rival(out, run) for run in ("8", "16", "22")]
     line = sorted((found["flops_ratio"], math.log(found["ppl"])) for found in best)
     return zip(*line, strict=True)
 
@@ -110,7 +113,7 @@ def methods(out, all_seeds):
     table = [first]
     for run in ("8", *repeats("16", all_seeds), "22", "16-flops"):
         blocks = run.split("-")[0]
-        for name in NAMES if run == blocks else NAMES[:2]:
+        for name in NAMES if run == blocks else OURS:
             found = row(out, run, name)
             loss, n = loss_of(found)
             z = 1 - np.array(found["z"])
@@ -127,7 +130,7 @@ def methods(out, all_seeds):
                 other = row(out, blocks if rival == "sleb" else run, rival)
                 if name != rival:
                     line[f"above {rival}"] = signed(gap(loss, loss_of(other)[0], n))
-            if name in NAMES[:2]:
+            if name in OURS:
                 on_line = np.interp(found["flops_ratio"], flops, logs)
                 line["above the rivals' line"] = f"{math.log(found['ppl']) - on_line:+.3f}"
             if name == "igp":
@@ -353,7 +356,7 @@ def figure_costs(out, all_seeds, path):
         found = [row(out, run, name) for run in ("8", "16", "22")]
         x, y = [100 * one["flops_ratio"] for one in found], [one["ppl"] for one in found]
         axes.plot(x, y, "o-", color=COLOURS[name], label=name, markersize=5)
-        if name in NAMES[:2]:
+        if name in OURS:
             for run in repeats("16", all_seeds)[1:]:
                 again = row(out, run, name)
                 axes.plot(100 * again["flops_ratio"], again["ppl"], "x", color=COLOURS[name])
@@ -420,7 +423,7 @@ def beside(out):
     for run, share in (("8", "13.3 %"), ("16", "26.7 %"), ("22", "36.7 %")):
         line = {"model": "SmolLM2-135M", "sparsity": share}
         own, rivals = hits(out, run, "igp"), {}
-        for name in NAMES[2:]:
+        for name in RIVALS:
             found = hits(out, run, name)
             if found:
                 rivals[name] = 100 * average(found) / dense
@@ -441,9 +444,9 @@ def beside(out):
 
 def glance(out):
     """What a reader with two minutes takes away: dense, ours and the best rivals at 16 blocks."""
-    low = min(NAMES[2:], key=lambda name: row(out, "16", name)["ppl"])
-    high = max(NAMES[2:], key=lambda name: average(hits(out, "16", name)))
-    ours = [(run, name) for run in ("16", "16-flops") for name in NAMES[:2]]
+    low = best_rival(out, "16")["name"]
+    high = max(RIVALS, key=lambda name: average(hits(out, "16", name)))
+    ours = [(run, name) for run in ("16", "16-flops") for name in OURS]
     empty = dict.fromkeys(("FLOPs", "with the router", "perplexity"), "-")
     table = [{"method": "guessing"} | empty | {"tasks, %": f"{average(chance(out)):.2f}"}]
     for run, name in dict.fromkeys((("16", "dense"), *ours, ("16", low), ("16", high))):
@@ -472,10 +475,10 @@ def summary(out, all_seeds):
     for run in ("8", "16", "22"):
         again = repeats(run, all_seeds) if run == "16" else [run]
         told = []
-        for name in NAMES[:2]:
+        for name in OURS:
             ppl = [f"{row(out, x, name)['ppl']:.2f}" for x in again]
             told.append(f"{name} {', '.join(ppl)}")
-        best = min((row(out, run, name) for name in NAMES[2:]), key=lambda found: found["ppl"])
+        best = best_rival(out, run)
         told.append(f"the best rival, {best['name']}, {best['ppl']:.2f}")
         lines.append(f"Perplexity with {run} of 60 blocks skipped: {'; '.join(told)}.")
     return "\n".join(f"* {line}" for line in lines)

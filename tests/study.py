@@ -41,7 +41,7 @@ import document  # noqa: E402
 
 SEEDS = (0, 1, 2)
 SIX = ",".join(evaluate.FIELDS)
-RIVALS = "sleb,shortened-ppl,shortened-taylor,shortened-magnitude,evopress"
+RIVALS = ",".join(document.RIVALS)
 SHARES = {"8": 0.1333, "16": 0.267, "22": 0.367}  # of 60 blocks
 # run folder -> flags of igp.py besides --out and --seed; {texts}, {tasks}, {mixture} are places
 RUNS = {

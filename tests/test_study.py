@@ -120,6 +120,7 @@ def test_one_command_makes_the_page_and_twice_the_same(home, tmp_path, monkeypat
         monkeypatch.setitem(run.SETTINGS, flag, (value, *run.SETTINGS[flag][1:]))
     runs = {name: flags.replace(study.RIVALS, "sleb") for name, flags in study.RUNS.items()}
     monkeypatch.setattr(document, "NAMES", ("static", "igp", "sleb"))
+    monkeypatch.setattr(document, "RIVALS", ("sleb",))
     said = {path: [60.0, "| a |"] for path in ("timed", "bench", "scoring")}
     for name, value in {
         "RUNS": runs, "SEEDS": (0, 1), "SAMPLES": (4, 8), "MIXED": 20, "DOCS": tmp_path,
