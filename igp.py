@@ -498,7 +498,6 @@ def work(args) -> None:
             "torch": torch.__version__,
             "rows": rows,
             "clusters_found": topics,
-            "seconds": {f"search of {row['name']}": row["seconds"] for row in rows},
         }
         data = json.dumps(results, indent=1, allow_nan=False, default=str)
         llm.write(args.out / "results.json", data.encode())

@@ -30,7 +30,7 @@ NAMES = OURS + RIVALS
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c6d31",
                            "#56b4e9"), strict=True))
 
-# of its config.json
+# as its config.json has it
 LLAMA3_8B = llm.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5, None, False,
                        (128001,))
 
